@@ -1,0 +1,272 @@
+"""The command `dragoman`.
+
+Results go to standard output and everything else to standard error. What the user can put right ends in one
+sentence and exit code 2. What takes long to import is imported by the command that needs it.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from client.output import STDIN, OrderedOutput, OutputFormat
+from streaming.errors import DragomanError
+
+if TYPE_CHECKING:
+    from client.files import AudioSource
+    from streaming.audio import Encoding
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+models_app = typer.Typer(help="List, fetch and import models.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+SERVICE_PATH = "/v1/realtime/translations"
+DEFAULT_PORT = 8765
+
+FormatOption = Annotated[OutputFormat, typer.Option("--format", help="Form of the transcript.")]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", metavar="DIR", help="Folder of the model; else the embedded one.")
+]
+DecoderOption = Annotated[Literal["rnnt", "ctc"], typer.Option("--decoder", help="Head of the model to use.")]
+LookaheadOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-lookahead-ms",
+        metavar="MS",
+        min=0,
+        help="Audio that may be heard before a sound is decided, in milliseconds: the model's largest"
+        " trained look-ahead not above this is used. Left out: its largest.",
+    ),
+]
+RateOption = Annotated[int, typer.Option("--rate", metavar="HZ", help="Sample rate of raw PCM, in Hz.")]
+ChannelsOption = Annotated[int, typer.Option("--channels", help="Interleaved channels of raw PCM.")]
+EncodingOption = Annotated[Literal["s16le", "f32le"], typer.Option("--encoding", help="Samples of raw PCM.")]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--token", envvar="DRAGOMAN_TOKEN", help="Secret of the service, as in Authorization: Bearer."
+    ),
+]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn what the user can put right into one sentence and exit code 2."""
+    try:
+        yield
+    except DragomanError as error:
+        complain(str(error))
+    except BrokenPipeError:
+        raise  # whoever read our output has left, which is no error: typer ends the program quietly
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    else:
+        return
+    raise typer.Exit(2)
+
+
+def complain(sentence: str) -> None:
+    """Print one sentence to standard error."""
+    typer.echo(f"dragoman: {sentence}", err=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dragoman {version('dragoman')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Live speech to text: words that were shown are never taken back."""
+
+
+@app.command()
+def transcribe(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Recordings; - is raw PCM from standard input.")
+    ],
+    output_format: FormatOption = OutputFormat.TXT,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Write each transcript to a file in this folder."),
+    ] = None,
+    model: ModelOption = None,
+    decoder: DecoderOption = "rnnt",
+    max_lookahead_ms: LookaheadOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Recordings worked on at a time.")] = 8,
+    rate: RateOption = 16_000,
+    channels: ChannelsOption = 1,
+    encoding: EncodingOption = "s16le",
+) -> None:
+    """Transcribe recordings of any format that soundfile or PyAV opens.
+
+    What cannot be read is named on standard error; the others are transcribed, and the exit code is 2.
+    """
+    failed = False
+    with one_sentence():
+        from client.progress import Display
+
+        display = Display(len(files))
+        results = OrderedOutput(files, output_format, output, display.write)
+
+        from client.transcribe import transcribe as run
+        from models.checkpoint import load_recognizer
+        from streaming.session import SessionConfig
+
+        openers = [partial(_open_source, name, encoding, rate, channels) for name in files]
+        config = SessionConfig(max_lookahead_ms=max_lookahead_ms, decoder=decoder)
+        recognizer = load_recognizer(model)
+        with display:
+            for step in run(openers, recognizer, config, batch_size=batch_size):
+                if step.problem is not None:
+                    failed = True
+                    complain(f"{files[step.index]}: {step.problem}")
+                if step.problem is not None and not step.audio_s:
+                    display.skip()
+                else:
+                    display.advance(step.index, step.audio_s, step.duration_s)
+                results.add(step.index, step.events)
+                if step.done:
+                    results.end(step.index, failed=step.problem is not None)
+    if failed:
+        raise typer.Exit(2)
+
+
+def _open_source(name: str, encoding: "Encoding", rate_hz: int, channels: int) -> "AudioSource":
+    from client.files import AudioFile, PcmStream
+    from streaming.audio import AudioFormat
+
+    if name != STDIN:
+        return AudioFile(Path(name))
+    if sys.stdin.isatty():
+        raise DragomanError("audio_empty", "standard input is a terminal: pipe raw PCM into it")
+    return PcmStream(sys.stdin.buffer, AudioFormat(encoding, rate_hz, channels))  # type: ignore[arg-type]
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
+    model: ModelOption = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="Web origin whose pages may connect, such as https://example.org."
+        ),
+    ] = None,
+    token: TokenOption = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate chain, for wss.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private key, for wss.")] = None,
+) -> None:
+    """Serve live transcription over WebSocket until SIGTERM or Ctrl-C."""
+    with one_sentence():
+        import logging
+
+        import server
+        from models.checkpoint import load_recognizer
+
+        settings = server.Settings(
+            host=host,
+            port=port,
+            max_sessions=max_sessions,
+            origins=tuple(allow_origin or ()),
+            token=token,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+        )
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("websockets").setLevel(logging.WARNING)
+        asyncio.run(server.serve(load_recognizer(model), settings))
+
+
+@app.command()
+def live(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Recording; - is raw PCM from standard input.")],
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="The service.")
+    ] = f"ws://127.0.0.1:{DEFAULT_PORT}{SERVICE_PATH}",
+    output_format: FormatOption = OutputFormat.TXT,
+    pace: Annotated[float, typer.Option(min=0.01, help="Speed of sending, in times real time.")] = 1.0,
+    fast: Annotated[bool, typer.Option("--fast", help="Send as fast as the service takes it.")] = False,
+    decoder: DecoderOption = "rnnt",
+    max_lookahead_ms: LookaheadOption = None,
+    token: TokenOption = None,
+    rate: RateOption = 16_000,
+    channels: ChannelsOption = 1,
+    encoding: EncodingOption = "s16le",
+) -> None:
+    """Send a recording to a running service as if it were spoken now, and print what comes back.
+
+    Ctrl-C ends the audio; the last words still come.
+    """
+    with one_sentence():
+        from client.live import stream
+        from client.output import make_writer
+
+        source = _open_source(file, encoding, rate, channels)
+        asyncio.run(
+            stream(
+                source,
+                url,
+                make_writer(output_format, file),
+                pace=None if fast else pace,
+                session={"decoder": decoder, "max_lookahead_ms": max_lookahead_ms},
+                token=token,
+            )
+        )
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """List the embedded models."""
+    import models
+
+    for config_path in sorted(Path(models.__file__).parent.glob("*/config.json")):
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        lookaheads = sorted(80 * frames for frames in config["encoder"]["lookahead_frames"])
+        typer.echo(f"{config_path.parent.name}  look-ahead {', '.join(map(str, lookaheads))} ms")
+
+
+@models_app.command("import")
+def import_model(
+    archive: Annotated[Path, typer.Argument(metavar="X.nemo", help="A NeMo archive.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model to.")],
+) -> None:
+    """Convert a NeMo archive of a cache-aware streaming model, without NeMo."""
+    with one_sentence():
+        from models.nemo import import_nemo
+
+        import_nemo(archive, out)
+        typer.echo(out)
+
+
+@models_app.command("fetch")
+def fetch_model(
+    name: Annotated[str, typer.Argument(metavar="NAME[@REV]", help="A model on the hub, at a revision.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Folder; left out: named like it.")
+    ] = None,
+) -> None:
+    """Fetch a published model by name and convert it where needed."""
+    with one_sentence():
+        from models.hub import fetch
+
+        repository, _, revision = name.partition("@")
+        typer.echo(fetch(repository, revision or None, out))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Everything that has weights: functions of (input, state), with no clocks and no sockets."""

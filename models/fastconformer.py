@@ -1,0 +1,503 @@
+"""Cache-aware FastConformer: the encoder as a function of (mel frames, state).
+
+The weights are state-dict compatible with NeMo's cache-aware streaming models (``ConformerEncoder`` with
+``dw_striding`` sub-sampling, causal convolutions and ``chunked_limited`` attention), and the numbers are the
+same. The way they are computed is not: keys, values and projected positions are cached instead of being
+projected again at every step, every convolution keeps the one or eight frames it really needs, and the
+look-ahead belongs to a row of a step and not to the model.
+
+Time is laid out in *slots*. Encoder frame ``k`` depends on mel frames up to ``8k``, so the stream is cut into
+groups of eight mel frames, ``8k-7 … 8k``, each of which completes one encoder frame; the first group begins
+with seven slots that lie before the audio. With this cut each sub-sampling stage halves the slots exactly and
+carries one single input frame over to the next step.
+
+Offline and streaming run the same code: offline is one step from an empty state over the whole input.
+
+Sources: Rekesh et al., "Fast Conformer" (arXiv 2305.05084); Noroozi et al., "Stateful Conformer with
+Cache-based Inference" (arXiv 2312.17279); relative positions after Dai et al., "Transformer-XL" (§3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import SUBSAMPLING_FACTOR, EncoderConfig
+
+#: Slots of the first group that lie before the first mel frame.
+LEADING_SLOTS = SUBSAMPLING_FACTOR - 1
+#: Added to the scores of invisible keys; NeMo's value, small enough to vanish in a softmax in any dtype.
+MASKED_SCORE = -10000.0
+STAGES = 3
+
+
+@dataclass
+class EncoderState:
+    """The past of a batch of streams; a value that :meth:`FastConformer.step` takes and returns.
+
+    Attributes:
+        frames: ``int64[B]``, on the host: encoder frames that each row has produced.
+        subsampling: One tensor a stage, the last input frame of each stage:
+            ``[B, 1, 1, F0]``, ``[B, C, 1, F1]``, ``[B, C, 1, F2]``.
+        keys: ``[L, B, H, left, D/H]``, oldest frame first; the last ``min(frames, left)`` are real.
+        values: The same for the values.
+        conv: ``[L, B, kernel-1, D]``, the inputs of the depthwise convolution, oldest first.
+    """
+
+    frames: Tensor
+    subsampling: tuple[Tensor, Tensor, Tensor]
+    keys: Tensor
+    values: Tensor
+    conv: Tensor
+
+    @staticmethod
+    def cat(states: list[EncoderState]) -> EncoderState:
+        """One batch of the rows of several states, in their order."""
+        if len(states) == 1:
+            return states[0]
+        first, second, third = (torch.cat([s.subsampling[i] for s in states]) for i in range(STAGES))
+        return EncoderState(
+            frames=torch.cat([s.frames for s in states]),
+            subsampling=(first, second, third),
+            keys=torch.cat([s.keys for s in states], 1),
+            values=torch.cat([s.values for s in states], 1),
+            conv=torch.cat([s.conv for s in states], 1),
+        )
+
+    def row(self, index: int) -> EncoderState:
+        """A copy of one row, as a state of batch 1; it shares no memory with this one."""
+        at = slice(index, index + 1)
+        first, second, third = (cache[at].clone() for cache in self.subsampling)
+        return EncoderState(
+            frames=self.frames[at].clone(),
+            subsampling=(first, second, third),
+            keys=self.keys[:, at].clone(),
+            values=self.values[:, at].clone(),
+            conv=self.conv[:, at].clone(),
+        )
+
+    def rows(self) -> list[EncoderState]:
+        """Every row as a state of its own."""
+        return [self] if len(self.frames) == 1 else [self.row(i) for i in range(len(self.frames))]
+
+
+class _LayerWeights(NamedTuple):
+    """One layer's tensors in the shape the step uses them, read from the modules below."""
+
+    norms: tuple[tuple[Tensor, Tensor], ...]  # ff1, attention, conv, ff2, out, and inside the conv module
+    ff1: tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+    ff2: tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+    qkv: tuple[Tensor, Tensor | None]
+    out: tuple[Tensor, Tensor | None]
+    bias_u: Tensor  # [H, 1, D/H]
+    bias_v: Tensor
+    pos: Tensor  # [D, D]
+    pointwise1: tuple[Tensor, Tensor | None]
+    depthwise: tuple[Tensor, Tensor | None]  # [kernel, D]
+    pointwise2: tuple[Tensor, Tensor | None]
+
+
+class _StepShape(NamedTuple):
+    """What the rows of one step bring, on the host once and on the device for all layers."""
+
+    frames: Tensor  # int64[B] on the host: new frames of each row
+    uniform: bool  # every row brings the same number of frames
+    subsampling_masks: tuple[Tensor | None, ...]  # [B, 1, slots, 1] per stage input, and one for the last output
+    visible: Tensor | None  # [B, 1, T, keys], False where a key is invisible
+    conv_mask: Tensor | None  # [B, T, 1]
+    newest: Tensor | None  # int64[B, 1]: where each row's new frames end, when not uniform
+
+
+class FastConformer(nn.Module):
+    """The encoder. Parameters carry NeMo's names below ``encoder.``.
+
+    Args:
+        config: Shape of the encoder.
+        mel_bins: Width of the input features.
+        dropout: Probability in training; nothing is dropped in evaluation mode.
+    """
+
+    def __init__(self, config: EncoderConfig, mel_bins: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.mel_bins = mel_bins
+        self.dropout = dropout
+        self.pre_encode = _Subsampling(mel_bins, config.subsampling_conv_channels, config.d_model)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
+        self._weights: list[_LayerWeights] | None = None
+        self._positions: dict[tuple[int, int], list[Tensor]] = {}
+
+    def freeze(self) -> FastConformer:
+        """Prepares for inference: no gradients, fused projections, cached positions. Returns itself."""
+        self.eval().requires_grad_(False)
+        self._positions.clear()
+        self._weights = [layer.weights() for layer in self.layers]  # type: ignore[operator]
+        return self
+
+    def init_state(self, batch: int) -> EncoderState:
+        """The state of ``batch`` streams that have not begun."""
+        c, like = self.config, self.pre_encode.out.weight
+        widths = self.pre_encode.widths
+        channels = (1, c.subsampling_conv_channels, c.subsampling_conv_channels)
+        first, second, third = (like.new_zeros(batch, n, 1, w) for n, w in zip(channels, widths, strict=False))
+        cache = (c.n_layers, batch, c.n_heads, c.left_context_frames, c.d_model // c.n_heads)
+        return EncoderState(
+            frames=torch.zeros(batch, dtype=torch.int64),
+            subsampling=(first, second, third),
+            keys=like.new_zeros(cache),
+            values=like.new_zeros(cache),
+            conv=like.new_zeros(c.n_layers, batch, c.conv_kernel_size - 1, c.d_model),
+        )
+
+    def step(
+        self, mel: Tensor, state: EncoderState | None, *, slots: Tensor, chunk_frames: Tensor
+    ) -> tuple[Tensor, EncoderState | None]:
+        """Encodes the next frames of each row.
+
+        Args:
+            mel: ``[B, 8T, mel_bins]``: for a row that has produced ``k`` frames, slot ``s`` is mel frame
+                ``8k - 7 + s``. Slots before the audio and beyond ``slots`` may hold anything.
+            state: The past of the rows, or None for whole inputs with neither past nor future.
+            slots: ``int64[B]`` on the host: slots of each row that are real (the leading seven of a new
+                stream counted in). A row yields ``ceil(slots / 8)`` frames, and only its last step may have
+                a number that is not a multiple of eight.
+            chunk_frames: ``int64[B]`` on the host: look-ahead + 1 of each row. The frames of a step are cut
+                into chunks from its first frame on; a frame sees its own chunk and the left context before it.
+
+        Returns:
+            Encoder frames ``[B, T, d_model]`` (rows are zero beyond their own frames only where a mask was
+            needed; read ``ceil(slots / 8)`` of them) and the state after them (None if ``state`` is None).
+        """
+        cached = 0 if state is None else self.config.left_context_frames
+        seen = torch.zeros_like(slots) if state is None else state.frames
+        shape = self._shape(mel, cached, seen, slots, chunk_frames)
+        weights = self._weights or [layer.weights() for layer in self.layers]  # type: ignore[operator]
+        x, subsampling = self.pre_encode(mel, state.subsampling if state else None, shape)
+        if self.config.xscaling:
+            x = x * math.sqrt(self.config.d_model)
+        x = self._drop(x)
+        positions = self._projected_positions(weights, x, cached)
+        keys, values, convs = [], [], []
+        for i, w in enumerate(weights):
+            past = None if state is None else (state.keys[i], state.values[i], state.conv[i])
+            x, new = self._layer(x, w, positions[i], past, shape)
+            if new is not None:
+                keys.append(new[0])
+                values.append(new[1])
+                convs.append(new[2])
+        if state is None:
+            return x, None
+        after = EncoderState(
+            seen + shape.frames, subsampling, torch.stack(keys), torch.stack(values), torch.stack(convs)
+        )
+        return x, after
+
+    # ---------------------------------------------------------------------------------------------- one step
+
+    def _shape(self, mel: Tensor, cached: int, seen: Tensor, slots: Tensor, chunk_frames: Tensor) -> _StepShape:
+        """Lengths and masks of a step; a mask that would hide nothing is None."""
+        B, S, _ = mel.shape
+        T = S // SUBSAMPLING_FACTOR
+        frames = -(-slots // SUBSAMPLING_FACTOR)
+        uniform = bool((frames == T).all())
+        masks: list[Tensor | None] = []
+        if bool((seen == 0).any()) or bool((slots != S).any()):
+            lead, real, width = LEADING_SLOTS, slots, S
+            for _ in range(STAGES + 1):
+                slot = torch.arange(width)
+                begin = torch.where(seen == 0, lead, 0)
+                mask = (slot >= begin[:, None]) & (slot < real[:, None])
+                masks.append(mask[:, None, :, None].to(mel.device))
+                # Slots [-lead, …] halve with their zero kept in place; see the module's text.
+                lead, real, width = lead // 2, -(-real // 2), width // 2
+        conv_mask = None
+        if not uniform:
+            conv_mask = (torch.arange(T) < frames[:, None])[:, :, None].to(mel.device)
+        visible = self._visible(T, cached, seen, frames, chunk_frames)
+        return _StepShape(
+            frames=frames,
+            uniform=uniform,
+            subsampling_masks=tuple(masks) or (None,) * (STAGES + 1),
+            visible=None if visible is None else visible.to(mel.device),
+            conv_mask=conv_mask,
+            newest=None if uniform else frames[:, None].to(mel.device),
+        )
+
+    def _visible(self, T: int, cached: int, seen: Tensor, frames: Tensor, chunk_frames: Tensor) -> Tensor | None:
+        """``bool[B, 1, T, cached + T]``: which key each new frame sees; None if every one of them."""
+        left = self.config.left_context_frames
+        if bool((chunk_frames >= T).all() & (frames == T).all() & (seen >= cached).all()):
+            return None
+        query, key = torch.arange(T)[None, :, None], torch.arange(-cached, T)[None, None, :]
+        chunk = chunk_frames[:, None, None]
+        start = query // chunk * chunk
+        end = torch.minimum(start + chunk, frames[:, None, None])
+        oldest = torch.maximum(start - left, -seen.clamp(max=cached)[:, None, None])
+        return ((key >= oldest) & (key < end))[:, None]
+
+    def _layer(
+        self,
+        x: Tensor,
+        w: _LayerWeights,
+        positions: Tensor,
+        past: tuple[Tensor, Tensor, Tensor] | None,
+        shape: _StepShape,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm."""
+        x = torch.add(x, self._feed_forward(_norm(x, w.norms[0]), w.ff1), alpha=0.5)
+        attended, keys, values = self._attention(_norm(x, w.norms[1]), w, positions, past, shape)
+        x = x + attended
+        convolved, conv = self._convolution(_norm(x, w.norms[2]), w, past, shape)
+        x = x + convolved
+        x = torch.add(x, self._feed_forward(_norm(x, w.norms[3]), w.ff2), alpha=0.5)
+        x = _norm(x, w.norms[4])
+        if past is None:
+            return x, None
+        left = self.config.left_context_frames
+        return x, (_newest(keys, left, 2, shape), _newest(values, left, 2, shape), conv)
+
+    def _feed_forward(self, x: Tensor, w: tuple[Tensor, Tensor | None, Tensor, Tensor | None]) -> Tensor:
+        hidden = F.silu(F.linear(x, w[0], w[1]), inplace=not self.training)
+        return self._drop(F.linear(self._drop(hidden), w[2], w[3]))
+
+    def _attention(
+        self,
+        x: Tensor,
+        w: _LayerWeights,
+        positions: Tensor,
+        past: tuple[Tensor, Tensor, Tensor] | None,
+        shape: _StepShape,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Relative-position attention of the new frames on the cached and the new ones.
+
+        Returns the output ``[B, T, D]`` and all keys and values ``[B, H, cached + T, D/H]``.
+        """
+        B, T, D = x.shape
+        H = self.config.n_heads
+        query, keys, values = F.linear(x, *w.qkv).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        by_position = torch.matmul(query + w.bias_v, positions)  # [B, H, T, cached + 2T - 1]
+        if T > 1:
+            by_position = _relative_shift(by_position)
+        scores = torch.matmul(query + w.bias_u, keys.transpose(2, 3)) + by_position
+        scores = scores.float() * (D // H) ** -0.5
+        if shape.visible is not None:
+            scores = scores.masked_fill(~shape.visible, MASKED_SCORE)
+        weights = self._drop(torch.softmax(scores, -1).to(x.dtype))
+        mixed = torch.matmul(weights, values).transpose(1, 2).reshape(B, T, D)
+        return self._drop(F.linear(mixed, *w.out)), keys, values
+
+    def _convolution(
+        self, x: Tensor, w: _LayerWeights, past: tuple[Tensor, Tensor, Tensor] | None, shape: _StepShape
+    ) -> tuple[Tensor, Tensor]:
+        """The causal convolution module; returns its output and the inputs that the next step needs."""
+        B, T, D = x.shape
+        context = self.config.conv_kernel_size - 1
+        x = F.glu(F.linear(x, *w.pointwise1), -1)
+        x = _masked(x, shape.conv_mask)
+        x = torch.cat([x.new_zeros(B, context, D) if past is None else past[2], x], 1)
+        conv = _newest(x, context, 1, shape)
+        kernel, bias = w.depthwise
+        if T == 1:
+            y = (x * kernel).sum(1, keepdim=True)
+            y = y if bias is None else y + bias
+        else:
+            y = F.conv1d(x.transpose(1, 2), kernel.t().unsqueeze(1), bias, groups=D).transpose(1, 2)
+        y = F.silu(_norm(y, w.norms[5]), inplace=not self.training)
+        return self._drop(F.linear(y, *w.pointwise2)), conv
+
+    # --------------------------------------------------------------------------------------------- positions
+
+    def _projected_positions(self, weights: list[_LayerWeights], x: Tensor, cached: int) -> list[Tensor]:
+        """Per layer ``[H, D/H, cached + 2T - 1]``, from the furthest past to the furthest future position.
+
+        They do not depend on the stream: frozen weights keep them, one entry for every step length in use.
+        """
+        T = x.shape[1]
+        if self._weights is None:
+            return self._project_positions(weights, x, cached)
+        if (T, cached) not in self._positions:
+            self._positions[T, cached] = self._project_positions(weights, x, cached)
+        return self._positions[T, cached]
+
+    def _project_positions(self, weights: list[_LayerWeights], x: Tensor, cached: int) -> list[Tensor]:
+        T, D, H = x.shape[1], self.config.d_model, self.config.n_heads
+        table = sinusoidal_positions(cached + T - 1, -(T - 1), D).to(x)
+        return [F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous() for w in weights]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.dropout == 0.0 or not self.training:
+            return x
+        return F.dropout(x, self.dropout)
+
+
+def sinusoidal_positions(first: int, last: int, width: int) -> Tensor:
+    """Sinusoids ``[first - last + 1, width]`` of the positions ``first, first - 1, …, last`` (fp32).
+
+    Sines stand at even columns, cosines at odd ones (Vaswani et al. 2017, §3.5).
+    """
+    position = torch.arange(first, last - 1, -1, dtype=torch.float32)[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10000.0) / width))
+    table = torch.zeros(position.shape[0], width)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency)
+    return table
+
+
+def _norm(x: Tensor, w: tuple[Tensor, Tensor]) -> Tensor:
+    return F.layer_norm(x, w[0].shape, w[0], w[1], 1e-5)
+
+
+def _relative_shift(x: Tensor) -> Tensor:
+    """Row ``t`` of ``[…, T, N + T - 1]`` moved left by ``T - 1 - t``: scores by distance become scores by key.
+
+    The same memory read with a row stride that is one shorter (the trick of Transformer-XL, Appendix B,
+    without its padding copy).
+    """
+    B, H, T, W = x.shape
+    x = x.contiguous()
+    return x.as_strided((B, H, T, W - T + 1), (H * T * W, T * W, W - 1, 1), x.storage_offset() + T - 1)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _newest(x: Tensor, length: int, dim: int, shape: _StepShape, steps_per_frame: int = 1) -> Tensor:
+    """The last ``length`` steps of each row: ``x`` holds ``length`` old ones along ``dim``, then the new ones."""
+    if shape.newest is None:
+        return x.narrow(dim, x.shape[dim] - length, length)
+    index = shape.newest * steps_per_frame + torch.arange(length, device=x.device)  # [B, length]
+    view = [1] * x.dim()
+    view[0], view[dim] = index.shape
+    size = list(x.shape)
+    size[dim] = length
+    return x.gather(dim, index.view(view).expand(size))
+
+
+class _Subsampling(nn.Module):
+    """Eight mel frames to one: three causal stride-2 convolutions, the last two depthwise-separable."""
+
+    def __init__(self, mel_bins: int, channels: int, d_model: int) -> None:
+        super().__init__()
+        self.widths = [mel_bins]
+        for _ in range(STAGES):
+            self.widths.append(self.widths[-1] // 2 + 1)
+
+        def depthwise() -> nn.Conv2d:
+            return nn.Conv2d(channels, channels, 3, stride=2, groups=channels)
+
+        # Positions in the list are NeMo's state-dict names; the ReLUs have no weights.
+        self.conv = nn.ModuleList(
+            [
+                nn.Conv2d(1, channels, 3, stride=2),
+                nn.ReLU(),
+                depthwise(),
+                nn.Conv2d(channels, channels, 1),
+                nn.ReLU(),
+                depthwise(),
+                nn.Conv2d(channels, channels, 1),
+                nn.ReLU(),
+            ]
+        )
+        self.out = nn.Linear(channels * self.widths[-1], d_model)
+
+    def forward(
+        self, mel: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, shape: _StepShape
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """``[B, 8T, mel_bins]`` to ``[B, T, d_model]`` and the last input frame of each stage."""
+        x, masks = mel[:, None], shape.subsampling_masks
+        stages = (self.conv[0:2], self.conv[2:5], self.conv[5:8])
+        caches = []
+        for i, stage in enumerate(stages):
+            x = _masked(x, masks[i])
+            before = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if past is None else past[i]
+            x = torch.cat([before, x], 2)
+            caches.append(_newest(x, 1, 2, shape, SUBSAMPLING_FACTOR >> i))
+            # Causal in time: the carried frame stands left. NeMo pads frequency as it pads time, (2, 1).
+            x = F.pad(x, (2, 1))
+            for module in stage:
+                x = module(x)
+        x = _masked(x, masks[STAGES])
+        B, C, T, W = x.shape
+        return self.out(x.transpose(1, 2).reshape(B, T, C * W)), (caches[0], caches[1], caches[2])
+
+
+class _Layer(nn.Module):
+    """Holds one layer's parameters under NeMo's names; the arithmetic is in :class:`FastConformer`."""
+
+    def __init__(self, c: EncoderConfig) -> None:
+        super().__init__()
+        self.norm_feed_forward1 = nn.LayerNorm(c.d_model)
+        self.feed_forward1 = _FeedForward(c)
+        self.norm_self_att = nn.LayerNorm(c.d_model)
+        self.self_attn = _Attention(c)
+        self.norm_conv = nn.LayerNorm(c.d_model)
+        self.conv = _Convolution(c)
+        self.norm_feed_forward2 = nn.LayerNorm(c.d_model)
+        self.feed_forward2 = _FeedForward(c)
+        self.norm_out = nn.LayerNorm(c.d_model)
+
+    def weights(self) -> _LayerWeights:
+        """The parameters as the step reads them; when frozen, the three projections share one memory."""
+        attention, conv = self.self_attn, self.conv
+        projections = (attention.linear_q, attention.linear_k, attention.linear_v)
+        qkv = torch.cat([p.weight for p in projections])
+        qkv_bias = None if projections[0].bias is None else torch.cat([p.bias for p in projections])
+        if not qkv.requires_grad:
+            for part, module in zip(qkv.chunk(3), projections, strict=True):
+                module.weight.data = part
+        norms = (self.norm_feed_forward1, self.norm_self_att, self.norm_conv, self.norm_feed_forward2, self.norm_out)
+        depthwise = conv.depthwise_conv.weight[:, 0].t().contiguous()
+        return _LayerWeights(
+            norms=tuple((n.weight, n.bias) for n in (*norms, conv.batch_norm)),
+            ff1=self.feed_forward1.weights(),
+            ff2=self.feed_forward2.weights(),
+            qkv=(qkv, qkv_bias),
+            out=(attention.linear_out.weight, attention.linear_out.bias),
+            bias_u=attention.pos_bias_u[:, None],
+            bias_v=attention.pos_bias_v[:, None],
+            pos=attention.linear_pos.weight,
+            pointwise1=(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias),
+            depthwise=(depthwise, conv.depthwise_conv.bias),
+            pointwise2=(conv.pointwise_conv2.weight[:, :, 0], conv.pointwise_conv2.bias),
+        )
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, c: EncoderConfig) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(c.d_model, c.d_model * c.ff_expansion_factor, bias=c.use_bias)
+        self.linear2 = nn.Linear(c.d_model * c.ff_expansion_factor, c.d_model, bias=c.use_bias)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
+
+
+class _Attention(nn.Module):
+    def __init__(self, c: EncoderConfig) -> None:
+        super().__init__()
+        self.linear_q = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.linear_k = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.linear_v = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.linear_out = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.linear_pos = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.pos_bias_u = nn.Parameter(torch.zeros(c.n_heads, c.d_model // c.n_heads))
+        self.pos_bias_v = nn.Parameter(torch.zeros(c.n_heads, c.d_model // c.n_heads))
+
+
+class _Convolution(nn.Module):
+    def __init__(self, c: EncoderConfig) -> None:
+        super().__init__()
+        self.pointwise_conv1 = nn.Conv1d(c.d_model, 2 * c.d_model, 1, bias=c.use_bias)
+        self.depthwise_conv = nn.Conv1d(
+            c.d_model, c.d_model, c.conv_kernel_size, groups=c.d_model, bias=c.use_bias
+        )
+        self.batch_norm = nn.LayerNorm(c.d_model)  # a layer norm; the name is the published models' one
+        self.pointwise_conv2 = nn.Conv1d(c.d_model, c.d_model, 1, bias=c.use_bias)

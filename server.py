@@ -1,0 +1,521 @@
+"""Everything that has a socket: live transcription over WebSocket.
+
+Text frames are JSON events, binary frames are PCM. The event loop only moves messages; one engine thread does
+all computing, and takes every session that has enough audio into one batch.
+
+    client → _read → inbox → engine: write, tick → outbox → _write → client
+
+Both queues are bounded. A client that sends too fast is not read from until the engine has caught up; one
+that does not read is not computed for, and soon dropped.
+"""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import logging
+import signal
+import ssl
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+from websockets.asyncio.server import Server, ServerConnection
+from websockets.asyncio.server import serve as serve_websockets
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.http11 import Request, Response
+from websockets.typing import Origin
+
+from models.recognizer import Recognizer
+from streaming.audio import AudioFormat
+from streaming.errors import DragomanError
+from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated
+from streaming.session import Session, SessionConfig, tick
+
+PATH: Final = "/v1/realtime/translations"
+
+_DEFAULT_RATE_HZ: Final = 24_000  # what a client of OpenAI's protocol means when it declares none
+_MAX_MESSAGE_BYTES: Final = 1 << 20
+_MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
+_MAX_WAITING_MESSAGES: Final = 1_000
+_MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
+_SEND_TIMEOUT_S: Final = 20.0
+_DRAIN_TIMEOUT_S: Final = 5.0
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the service is run.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        max_sessions: Sessions at a time; a further client is refused with HTTP 503.
+        idle_timeout_s: Seconds without a message after which a session ends.
+        origins: Web origins whose pages may connect; programs, which send none, always may.
+        token: Secret that a client must send as ``Authorization: Bearer``; None asks for none.
+        tls_cert: Certificate chain in PEM, for ``wss``.
+        tls_key: Private key in PEM, if the chain's file does not hold it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    max_sessions: int = 16
+    idle_timeout_s: float = 60.0
+    origins: tuple[str, ...] = ()
+    token: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+
+class Command(Enum):
+    """What a client can ask for beside settings and audio."""
+
+    FLUSH = "session.input_audio_buffer.commit"
+    CLOSE = "session.close"
+
+
+ClientMessage = SessionConfig | bytes | Command
+
+
+class Stream:
+    """One client's session: its queues on the side of the event loop, its state on the side of the engine."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.session: Session | None = None  # the engine's
+        self.inbox: deque[ClientMessage] = deque()
+        self.outbox: asyncio.Queue[Event | CloseCode] = asyncio.Queue()
+        self.over = False  # nothing more is to be computed
+        self.has_room = asyncio.Event()
+        self.has_room.set()
+        self._loop = loop
+        self._waiting_bytes = 0
+        self._max_waiting_bytes = 0
+
+    def put(self, message: ClientMessage) -> None:
+        """Queue a message for the engine; called on the event loop."""
+        if isinstance(message, SessionConfig):
+            fmt = message.audio
+            self._max_waiting_bytes = _MAX_WAITING_S * fmt.sample_rate_hz * fmt.bytes_per_sample
+        self.inbox.append(message)
+        self._account(_size(message))
+
+    def took(self, message: ClientMessage) -> None:
+        """Tell that the engine is done with a message; called on the engine's thread."""
+        self._on_loop(self._account, -_size(message))
+
+    def tell(self, *told: Event | CloseCode) -> None:
+        """Queue events for the client, and at last the code to close with; called on any thread."""
+        if told:
+            self._on_loop(self._put_all, told)
+
+    def fail(self, code: str, message: str, close_code: CloseCode) -> None:
+        """End the session with an error; called on any thread."""
+        self.over = True
+        self.tell(ErrorEvent(0, code, message), close_code)
+        self._on_loop(self.has_room.set)  # what still comes is read, and passed over
+
+    def _put_all(self, told: Sequence[Event | CloseCode]) -> None:
+        for item in told:
+            self.outbox.put_nowait(item)
+
+    def _account(self, change_bytes: int) -> None:
+        self._waiting_bytes += change_bytes
+        full = self._waiting_bytes > self._max_waiting_bytes or len(self.inbox) > _MAX_WAITING_MESSAGES
+        if full and not self.over:
+            self.has_room.clear()
+        else:
+            self.has_room.set()
+
+    def _on_loop(self, function: Callable[..., object], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _size(message: ClientMessage) -> int:
+    return len(message) if isinstance(message, bytes) else 0
+
+
+class Engine:
+    """The one thread that computes, for all sessions together."""
+
+    def __init__(self, recognizer: Recognizer) -> None:
+        self._recognizer = recognizer
+        self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions there are."""
+        return len(self._streams)
+
+    def add(self, stream: Stream) -> None:
+        """Begin to work for a session."""
+        self._streams = [*self._streams, stream]
+
+    def remove(self, stream: Stream) -> None:
+        """Forget a session."""
+        self._streams = [other for other in self._streams if other is not stream]
+
+    def wake(self) -> None:
+        """Tell that there may be something to do: a message came in, or room for events."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread after its present step."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+
+    def end_all(self, code: str, message: str, close_code: CloseCode) -> None:
+        """End every session with the same error."""
+        for stream in self._streams:
+            stream.fail(code, message, close_code)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait()
+            self._wake.clear()
+            while not self._stopping and self._step():
+                pass
+
+    def _step(self) -> bool:
+        """Take in what has come and make one step for all that are ready; False if there was nothing."""
+        streams = [s for s in self._streams if not s.over and s.outbox.qsize() < _MAX_WAITING_EVENTS]
+        fed = [self._guard([stream], partial(self._feed, stream)) for stream in streams]
+        ready = {s: s.session for s in streams if not s.over and s.session and s.session.ready()}
+        if ready:
+            self._guard(list(ready), partial(tick, list(ready.values())))
+        for stream in streams:
+            self._guard([stream], partial(self._collect, stream))
+        return any(fed) or bool(ready)
+
+    def _feed(self, stream: Stream) -> bool:
+        """Hand over messages until the session can make a step; False if there was none."""
+        fed = False
+        while stream.inbox and not (stream.session is not None and stream.session.ready()):
+            message = stream.inbox.popleft()
+            stream.took(message)
+            fed = True
+            if isinstance(message, SessionConfig):
+                stream.session = Session(self._recognizer, message)
+                stream.tell(SessionUpdated(describe(message, self._recognizer), 0))
+                continue
+            assert stream.session is not None, "the first message declares the session"
+            if isinstance(message, bytes):
+                try:
+                    stream.session.write(message)
+                except DragomanError:
+                    self._flush(stream, stream.session)  # what was said before
+                    raise
+            elif message is Command.FLUSH:
+                self._flush(stream, stream.session)
+            else:
+                stream.session.close_input()
+        return fed
+
+    def _flush(self, stream: Stream, session: Session) -> None:
+        stream.tell(*session.take_events(), *session.flush())
+
+    def _collect(self, stream: Stream) -> None:
+        if stream.session is None or stream.over:
+            return
+        events = stream.session.take_events()
+        stream.tell(*events)
+        if any(isinstance(event, SessionClosed) for event in events):
+            stream.over = True
+            stream.tell(CloseCode.NORMAL_CLOSURE)
+
+    def _guard(self, streams: Sequence[Stream], work: Callable[[], bool | None]) -> bool:
+        """Do some work for some sessions; what goes wrong in it ends these and no others."""
+        try:
+            return bool(work())
+        except DragomanError as error:
+            failure = (error.code, str(error), CloseCode.INVALID_DATA)
+        except Exception:
+            logger.exception("%d sessions end with an internal error", len(streams))
+            message = "the server failed while it worked on this session: connect again"
+            failure = ("internal_error", message, CloseCode.INTERNAL_ERROR)
+        for stream in streams:
+            stream.fail(*failure)
+        return True
+
+
+class Service:
+    """The WebSocket side: handshakes, messages in, events out."""
+
+    def __init__(self, recognizer: Recognizer, settings: Settings) -> None:
+        """Prepare the service and start its engine; `start` opens the socket."""
+        self._recognizer = recognizer
+        self._settings = settings
+        self._engine = Engine(recognizer)
+        self._server: Server | None = None
+
+    async def start(self) -> str:
+        """Listen; return the URL of the service.
+
+        Raises:
+            OSError: The address is in use or not this machine's, or the certificate cannot be read.
+        """
+        tls = None
+        if self._settings.tls_cert is not None:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.load_cert_chain(self._settings.tls_cert, self._settings.tls_key)
+        self._server = await serve_websockets(
+            self._handle,
+            self._settings.host,
+            self._settings.port,
+            process_request=self._admit,
+            origins=[None, *map(Origin, self._settings.origins)],
+            compression=None,  # PCM does not compress
+            max_size=_MAX_MESSAGE_BYTES,
+            # The answer to a ping waits behind audio that is not read yet, so a late one says little about a
+            # client that sends fast. One that has gone is noticed by the idle and send timeouts.
+            ping_timeout=None,
+            ssl=tls,
+        )
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        port = self._server.sockets[0].getsockname()[1]
+        return f"{'wss' if tls else 'ws'}://{host}:{port}{PATH}"
+
+    async def stop(self) -> None:
+        """Tell every client that the server goes away, close with 1001 and stop computing."""
+        if self._server is not None:
+            self._server.close(close_connections=False)
+            message = "the server is shutting down: connect again in a while"
+            self._engine.end_all("server_shutdown", message, CloseCode.GOING_AWAY)
+            try:
+                await asyncio.wait_for(self._server.wait_closed(), _DRAIN_TIMEOUT_S)
+            except TimeoutError:
+                logger.warning("%d clients did not take the goodbye", self._engine.sessions)
+        await asyncio.to_thread(self._engine.stop)
+
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer what is no session with HTTP; None lets the client in."""
+        path = request.path.partition("?")[0]
+        sessions, limit = self._engine.sessions, self._settings.max_sessions
+        if path == "/healthz":
+            health = {"status": "ok", "sessions": sessions, "max_sessions": limit}
+            return connection.respond(HTTPStatus.OK, f"{json.dumps(health)}\n")
+        if path != PATH:
+            return connection.respond(HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}\n")
+        if self._settings.token is not None:
+            given = request.headers.get("Authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {self._settings.token}".encode()):
+                text = "the token is missing or wrong: send Authorization: Bearer TOKEN\n"
+                return connection.respond(HTTPStatus.UNAUTHORIZED, text)
+        if sessions >= limit:
+            text = f"all {limit} sessions are in use: try again later\n"
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, text)
+        return None
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        if self._engine.sessions >= self._settings.max_sessions:  # others were admitted since we looked
+            await connection.close(CloseCode.TRY_AGAIN_LATER, "all sessions are in use")
+            return
+        stream = Stream(asyncio.get_running_loop())
+        defaults = describe(SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ)), self._recognizer)
+        stream.tell(SessionCreated({"id": str(connection.id), **defaults}, 0))
+        self._engine.add(stream)
+        logger.info("session %s begins", connection.id)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reader = tasks.create_task(self._read(connection, stream))
+                await self._write(connection, stream)
+                reader.cancel()
+        finally:
+            stream.over = True
+            self._engine.remove(stream)
+            logger.info("session %s ends", connection.id)
+
+    async def _read(self, connection: ServerConnection, stream: Stream) -> None:
+        """Messages of the client -> inbox, until it closes the session or leaves.
+
+        A message that cannot be used is answered with an error, and the session goes on. Only the first one
+        must be right: audio after a refused `session.update` would be in a format that was never declared.
+        """
+        declared = False
+        message: ClientMessage | None = None
+        try:
+            while message is not Command.CLOSE:
+                await stream.has_room.wait()
+                async with asyncio.timeout(self._settings.idle_timeout_s):
+                    frame = await connection.recv()
+                if stream.over:
+                    continue
+                try:
+                    message = frame if isinstance(frame, bytes) else parse_message(frame)
+                    if declared and isinstance(message, SessionConfig):
+                        raise DragomanError(
+                            "session_already_declared",
+                            "session.update comes once, before the first audio: connect again to change it",
+                        )
+                except DragomanError as error:
+                    if not declared:
+                        stream.fail(error.code, str(error), CloseCode.POLICY_VIOLATION)
+                    else:
+                        stream.tell(ErrorEvent(0, error.code, str(error)))
+                    continue
+                if not declared and not isinstance(message, SessionConfig):
+                    stream.put(SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ)))
+                declared = True
+                stream.put(message)
+                self._engine.wake()
+        except TimeoutError:
+            sentence = f"nothing came for {self._settings.idle_timeout_s:g} s: send audio or session.close"
+            stream.fail("idle_timeout", sentence, CloseCode.POLICY_VIOLATION)
+        except ConnectionClosed:
+            stream.tell(CloseCode.NORMAL_CLOSURE)  # lets the writer end
+
+    async def _write(self, connection: ServerConnection, stream: Stream) -> None:
+        """Outbox -> client, numbered, until the session is over."""
+        seq = 0
+        try:
+            while not isinstance(item := await stream.outbox.get(), CloseCode):
+                async with asyncio.timeout(_SEND_TIMEOUT_S):
+                    await connection.send(replace(item, seq=seq).to_json())
+                seq += 1
+                self._engine.wake()
+            await connection.close(item)
+        except TimeoutError:
+            logger.info("session %s: the client does not read", connection.id)
+            connection.transport.abort()
+        except ConnectionClosed:
+            pass
+
+
+def describe(config: SessionConfig, recognizer: Recognizer) -> dict[str, Any]:
+    """The settings of a session as its client is told them, in the shape of ``session.update``."""
+    fmt = {
+        "type": "audio/pcm",
+        "rate": config.audio.sample_rate_hz,
+        "channels": config.audio.channels,
+        "encoding": config.audio.encoding,
+    }
+    return {
+        "model": recognizer.name,
+        "audio": {"input": {"format": fmt}, "output": {"languages": []}},
+        "decoder": config.decoder,
+        "max_lookahead_ms": config.max_lookahead_ms,
+        "endpoint_silence_ms": config.endpoint_silence_ms,
+    }
+
+
+def parse_message(text: str) -> ClientMessage:
+    """Read one JSON event of a client.
+
+    Raises:
+        DragomanError: With a code, and a sentence that names the field and says what belongs there.
+    """
+    try:
+        event = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DragomanError("invalid_json", f"the message is not JSON: {error}") from None
+    kind = event.get("type") if isinstance(event, dict) else None
+    match kind:
+        case "session.update":
+            return _session_config(_section(event, "the event", "type", "event_id", "session").get("session"))
+        case "session.input_audio_buffer.append":
+            audio = _value(_section(event, "the event", "type", "event_id", "audio"), "audio", str, "")
+            try:
+                return base64.b64decode(audio, validate=True)
+            except (binascii.Error, ValueError):
+                raise DragomanError("invalid_value", "audio is not base64") from None
+        case Command.FLUSH.value | Command.CLOSE.value:
+            _section(event, "the event", "type", "event_id")
+            return Command(kind)
+    raise DragomanError(
+        "unknown_event",
+        f"the type of the event is {_shown(kind)}: send session.update, session.input_audio_buffer.append,"
+        f" {Command.FLUSH.value} or {Command.CLOSE.value}",
+    )
+
+
+def _session_config(value: object) -> SessionConfig:
+    session = _section(value, "session", "audio", "decoder", "max_lookahead_ms", "endpoint_silence_ms")
+    audio = _section(session.get("audio"), "session.audio", "input", "output")
+    audio_input = _section(audio.get("input"), "session.audio.input", "format")
+    where = "session.audio.input.format"
+    fmt = _section(audio_input.get("format"), where, "type", "rate", "channels", "encoding")
+    output = _section(audio.get("output"), "session.audio.output", "language", "languages")
+    if any(output.values()):
+        raise DragomanError(
+            "unsupported_language",
+            "this version transcribes and does not translate: leave out session.audio.output",
+        )
+    if _value(fmt, f"{where}.type", str, "audio/pcm") != "audio/pcm":
+        raise DragomanError("unsupported_encoding", f"{where}.type is {_shown(fmt['type'])}: send audio/pcm")
+    defaults = SessionConfig()
+    audio_format = AudioFormat(
+        encoding=_value(fmt, f"{where}.encoding", str, defaults.audio.encoding),
+        sample_rate_hz=_value(fmt, f"{where}.rate", int, _DEFAULT_RATE_HZ),
+        channels=_value(fmt, f"{where}.channels", int, defaults.audio.channels),
+    )
+    return SessionConfig(
+        audio=audio_format,
+        max_lookahead_ms=_value(session, "session.max_lookahead_ms", int, None),
+        decoder=_value(session, "session.decoder", str, defaults.decoder),
+        endpoint_silence_ms=_value(session, "session.endpoint_silence_ms", int, defaults.endpoint_silence_ms),
+    )
+
+
+def _section(value: object, path: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with none but these keys; left out or null, an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise DragomanError("invalid_value", f"{path} is {_shown(value)}: it must be an object")
+    for key in value:
+        if key not in keys:
+            raise DragomanError(
+                "unknown_field", f"{path} has no field {_shown(key)}: it takes {', '.join(keys)}"
+            )
+    return value
+
+
+def _value(section: dict[str, Any], path: str, kind: type, default: Any) -> Any:
+    """The value at the last key of `path`, of the type `kind`; left out or null, the default."""
+    value = section.get(path.rpartition(".")[2])
+    if value is None:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = {str: "a string", int: "a whole number"}[kind]
+        raise DragomanError("invalid_value", f"{path} is {_shown(value)}: it must be {wanted}")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value of the client's, short enough to be repeated to it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+async def serve(recognizer: Recognizer, settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C, then say goodbye to every client."""
+    service = Service(recognizer, settings)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        url = await service.start()
+        print(f"dragoman: {recognizer.name} is listening at {url}", file=sys.stderr, flush=True)
+        if settings.token is None and settings.host not in _LOOPBACK:
+            logger.warning("whoever reaches %s can use the service: --token asks for a secret", settings.host)
+        await stop.wait()
+    finally:
+        await service.stop()

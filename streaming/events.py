@@ -1,0 +1,187 @@
+"""Last arrow: the events that a session tells, and their one JSON form.
+
+Text is append-only: the `delta`s of a session, concatenated verbatim, are its transcript. All times are
+milliseconds of audio since the start of the session. Every event has a `seq` that grows by one.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Word:
+    """One recognised word with its place in the audio.
+
+    Attributes:
+        word: The word as written, without spaces around it.
+        start_ms: Start of its first piece.
+        end_ms: End of its last piece, not before `start_ms`.
+        confidence: How sure the recogniser is of it, 0 to 1.
+    """
+
+    word: str
+    start_ms: int
+    end_ms: int
+    confidence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The word as JSON would have it, the confidence to two decimals."""
+        return {
+            "word": self.word,
+            "start_ms": self.start_ms,
+            "end_ms": self.end_ms,
+            "confidence": round(self.confidence, 2),
+        }
+
+    def clipped(self, limit_ms: int) -> "Word":
+        """The word with times not after `limit_ms`."""
+        return replace(self, start_ms=min(self.start_ms, limit_ms), end_ms=min(self.end_ms, limit_ms))
+
+
+class _Json:
+    """Gives an event its JSON line: `type`, then `seq`, then what is its own."""
+
+    TYPE: ClassVar[str]
+    seq: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as a dictionary in the order of the wire."""
+        return {"type": self.TYPE, "seq": self.seq, **self._fields()}
+
+    def to_json(self) -> str:
+        """The event as one line of JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def _fields(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SessionCreated(_Json):
+    """A connection is open; `session` tells its defaults and limits."""
+
+    session: dict[str, Any]
+    seq: int
+
+    TYPE: ClassVar[str] = "session.created"
+
+    def _fields(self) -> dict[str, Any]:
+        return {"session": self.session}
+
+
+@dataclass(frozen=True)
+class SessionUpdated(_Json):
+    """The session runs with these settings."""
+
+    session: dict[str, Any]
+    seq: int
+
+    TYPE: ClassVar[str] = "session.updated"
+
+    def _fields(self) -> dict[str, Any]:
+        return {"session": self.session}
+
+
+@dataclass(frozen=True)
+class TranscriptDelta(_Json):
+    """Words that are now certain.
+
+    Attributes:
+        seq: Number of this event.
+        delta: Text to append verbatim to the transcript; spaces between words are part of it.
+        start_ms: Start of its first word.
+        end_ms: End of its last word.
+        emitted_ms: How much audio had come in when it was decided.
+        segment: Number of the segment that it belongs to, from 0.
+        endpoint: Whether it is the last of that segment: the speaker paused.
+        words: Its words, one by one.
+    """
+
+    seq: int
+    delta: str
+    start_ms: int
+    end_ms: int
+    emitted_ms: int
+    segment: int
+    endpoint: bool
+    words: tuple[Word, ...]
+
+    TYPE: ClassVar[str] = "session.input_transcript.delta"
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "delta": self.delta,
+            "start_ms": self.start_ms,
+            "end_ms": self.end_ms,
+            "emitted_ms": self.emitted_ms,
+            "segment": self.segment,
+            "endpoint": self.endpoint,
+            "words": [word.to_dict() for word in self.words],
+        }
+
+
+@dataclass(frozen=True)
+class SessionClosed(_Json):
+    """The session is over and everything is told; `audio_ms` is how much audio it had."""
+
+    seq: int
+    audio_ms: int
+
+    TYPE: ClassVar[str] = "session.closed"
+
+    def _fields(self) -> dict[str, Any]:
+        return {"audio_ms": self.audio_ms}
+
+
+@dataclass(frozen=True)
+class ErrorEvent(_Json):
+    """Something that the client sent cannot be used: a code for programs, a sentence for people."""
+
+    seq: int
+    code: str
+    message: str
+
+    TYPE: ClassVar[str] = "error"
+
+    def _fields(self) -> dict[str, Any]:
+        return {"error": {"code": self.code, "message": self.message}}
+
+
+Event = SessionCreated | SessionUpdated | TranscriptDelta | SessionClosed | ErrorEvent
+
+
+def parse_event(text: str | bytes) -> Event:
+    """Read one line of JSON as the event that it is; the reverse of `to_json`.
+
+    Fields that this version does not know are passed over: an older client understands a newer server.
+
+    Raises:
+        ValueError: The text is not JSON, or not an event of a known type with its fields.
+    """
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError(f"an event is a JSON object, not {type(data).__name__}")
+    try:
+        match data.get("type"):
+            case SessionCreated.TYPE:
+                return SessionCreated(data["session"], data["seq"])
+            case SessionUpdated.TYPE:
+                return SessionUpdated(data["session"], data["seq"])
+            case TranscriptDelta.TYPE:
+                return _parse_transcript_delta(data)
+            case SessionClosed.TYPE:
+                return SessionClosed(data["seq"], data["audio_ms"])
+            case ErrorEvent.TYPE:
+                return ErrorEvent(data["seq"], data["error"]["code"], data["error"]["message"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"an event of type {data['type']!r} lacks the field {error}") from error
+    raise ValueError(f"{data.get('type')!r} is no known type of event")
+
+
+def _parse_transcript_delta(data: dict[str, Any]) -> TranscriptDelta:
+    keys = ("seq", "delta", "start_ms", "end_ms", "emitted_ms", "segment", "endpoint")
+    words = tuple(
+        Word(word["word"], word["start_ms"], word["end_ms"], word["confidence"]) for word in data["words"]
+    )
+    return TranscriptDelta(**{key: data[key] for key in keys}, words=words)

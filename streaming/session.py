@@ -1,0 +1,283 @@
+"""One speaker's session without I/O: audio in, events out.
+
+    session = Session(load_recognizer())
+    for pcm in microphone:
+        for event in session.push(pcm):
+            print(event.to_json())
+    for event in session.finish(): ...
+
+Everything that a session remembers is a value that each step replaces and never changes in place. A copy of a
+session is therefore shallow and free, and a flush in mid-stream is the end of the audio on such a copy. Several
+sessions advance as one batch with :func:`tick`; a session alone is a batch of one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from models.config import FRAME_MS, FRAME_SAMPLES
+from models.recognizer import Recognizer
+from models.vad import is_silent
+from streaming.audio import AudioFormat, AudioNormalizer
+from streaming.encoder import Encoded, EncoderStream, encode
+from streaming.errors import DragomanError
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta
+from streaming.features import GROUP_TAIL_SAMPLES, front_end
+from streaming.text import EmittedWord, FlushGuard, TextState, WordAssembler, close_segment
+from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
+
+SAMPLES_PER_MS = 16
+#: Silence decoded after the end of the audio, so that the last word is emitted; at least one chunk.
+FLUSH_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """What a client may choose.
+
+    Attributes:
+        audio: Form of the samples that will be pushed.
+        max_lookahead_ms: The model runs at its largest trained look-ahead not above this; None: its largest.
+        decoder: Which head of the model decodes.
+        endpoint_silence_ms: Silence that closes a segment, 240 to 10,000 ms.
+    """
+
+    audio: AudioFormat = AudioFormat()
+    max_lookahead_ms: int | None = None
+    decoder: Literal["rnnt", "ctc"] = "rnnt"
+    endpoint_silence_ms: int = 800
+
+    def __post_init__(self) -> None:
+        if not 240 <= self.endpoint_silence_ms <= 10_000:
+            raise DragomanError(
+                "unsupported_endpoint",
+                f"endpoint_silence_ms is {self.endpoint_silence_ms}; choose a value from 240 to 10000",
+            )
+
+
+class Session:
+    """Speech of one source to a growing transcript.
+
+    Args:
+        recognizer: The model; shared, never changed.
+        config: What the client chose.
+
+    Raises:
+        DragomanError: ``unsupported_lookahead`` or ``unsupported_decoder`` if the model cannot do what is asked.
+    """
+
+    def __init__(self, recognizer: Recognizer, config: SessionConfig | None = None) -> None:
+        self.config = config or SessionConfig()
+        self.recognizer = recognizer
+        self._audio = AudioNormalizer(self.config.audio)
+        self._front_end = front_end(recognizer.config.features)
+        self._features = self._front_end.init_state()
+        self._encoder = EncoderStream(
+            state=recognizer.net.encoder.init_state(1),
+            groups=torch.zeros(0, 8, recognizer.config.features.mel_bins),
+            slots=0,
+            lookahead_frames=recognizer.lookahead_frames(self.config.max_lookahead_ms),
+        )
+        self.search = _search(recognizer, self.config.decoder)
+        self._decoder = self.search.init_state(1)
+        self._silence_frames = -(-self.config.endpoint_silence_ms // FRAME_MS)
+        self._words = WordAssembler(recognizer.tokenizer, self._silence_frames)
+        self._text = TextState()
+        self._recent = np.zeros(0, np.float32)  # audio that an endpoint may still ask about
+        self._audio_samples = 0
+        self._events: tuple[Event, ...] = ()
+        self._fresh: tuple[Token, ...] = ()  # pieces decided since the events were last taken
+        self._seq = 0
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------- one session
+
+    def push(self, pcm: bytes | np.ndarray) -> list[Event]:
+        """Takes audio, of any length, and returns what has become certain.
+
+        Raises:
+            DragomanError: ``audio_not_finite`` or ``session_closed``.
+        """
+        self.write(pcm)
+        return self._drain()
+
+    def flush(self) -> list[Event]:
+        """Decides all words so far as if the audio ended here; the stream goes on as if it had not."""
+        fork = copy.copy(self)
+        fork._events, fork._fresh, fork._closed = (), (), True
+        fork._pad()
+        while fork.ready():
+            tick([fork])
+        guard = FlushGuard(
+            until_frame=-(-self._features.samples // FRAME_SAMPLES),
+            padded_until_frame=fork._decoder.frames[0],
+            expected=tuple(token.piece for token in fork._fresh),
+        )
+        self._text = replace(fork._text, pending=(), silent_from_frame=self._text.silent_from_frame, guard=guard)
+        events = [event for event in fork.take_events() if isinstance(event, TranscriptDelta)]
+        self._seq += len(events)
+        return list(events)
+
+    def finish(self) -> list[Event]:
+        """Ends the audio and returns the last events, :class:`SessionClosed` at their end.
+
+        Audio that ends within a sample adds an :class:`ErrorEvent` to them.
+        """
+        self.close_input()
+        return self._drain()
+
+    # ------------------------------------------------------------------------------------ one among several
+
+    def write(self, pcm: bytes | np.ndarray) -> None:
+        """Takes audio and computes nothing but its features."""
+        if self._closed:
+            raise DragomanError("session_closed", "audio came after the end of the session; open a new one")
+        self._take(self._audio.push(pcm), last=False)
+
+    def close_input(self) -> None:
+        """Ends the audio; the next ticks decide what is left."""
+        if self._closed:
+            raise DragomanError("session_closed", "the session has ended already; open a new one")
+        self._closed = True
+        try:
+            self._take(self._audio.finish(), last=False)
+        except DragomanError as error:  # half a sample at the end must not cost the words before it
+            self._emit(ErrorEvent(self._next_seq(), error.code, str(error)))
+        self._pad()
+
+    def ready(self, max_chunks: int = 1) -> bool:
+        """Whether a tick would advance this session."""
+        return self._encoder.ready_frames(max_chunks) > 0
+
+    def take_events(self) -> list[Event]:
+        """The events since the last call."""
+        events, self._events, self._fresh = self._events, (), ()
+        return list(events)
+
+    # ---------------------------------------------------------------------------------------------- internal
+
+    def _take(self, samples: np.ndarray, *, last: bool) -> None:
+        groups, slots, self._features = self._front_end.step(samples, self._features, last=last)
+        self._encoder = self._encoder.extended(groups, slots, ended=last)
+        self._recent = np.concatenate([self._recent, samples])
+        self._audio_samples += len(samples)
+
+    def _pad(self) -> None:
+        """Ends the features, with so much silence after the audio that the last word is emitted."""
+        if not self._audio_samples:
+            self._emit(SessionClosed(self._next_seq(), 0))
+            return
+        heard = self._audio_samples
+        padding = max(FLUSH_FRAMES, self._encoder.lookahead_frames + 1) * FRAME_SAMPLES
+        self._take(np.zeros(padding, np.float32), last=True)
+        self._audio_samples = heard
+
+    def _drain(self) -> list[Event]:
+        while self.ready():
+            tick([self])
+        return self.take_events()
+
+    def _decoded(self, done: Encoded, tokens: list[Token]) -> None:
+        """Takes the pieces of a step, chunk by chunk, as if each chunk had been a step of its own."""
+        self._fresh = (*self._fresh, *tokens)
+        end = done.start_frame + done.frames
+        for start in range(done.start_frame, end, done.chunk_frames):
+            stop = min(start + done.chunk_frames, end)
+            chunk = [token for token in tokens if start <= token.frame < stop]
+            words, self._text = self._words.add(chunk, self._text)
+            ended, self._text = self._words.at_endpoint(stop, self._text, partial(self._silent, stop))
+            finished = stop == end and self._at_end()
+            if ended or finished:
+                last, self._text = self._words.close_word(self._text)
+                words += last
+            self._tell(words, stop, closes=ended or finished)
+        if self._at_end():
+            self._emit(SessionClosed(self._next_seq(), self._audio_samples // SAMPLES_PER_MS))
+        self._forget(end)
+
+    def _at_end(self) -> bool:
+        return self._encoder.ended and not len(self._encoder.groups)
+
+    def _tell(self, words: list[EmittedWord], end_frame: int, *, closes: bool) -> None:
+        if words:
+            audio_ms = self._audio_samples // SAMPLES_PER_MS
+            needed_ms = -(-((end_frame - 1) * FRAME_SAMPLES + GROUP_TAIL_SAMPLES) // SAMPLES_PER_MS)
+            # At the end, what was decided in the padding belongs to the last moment of the audio.
+            limit_ms = min(needed_ms, audio_ms) if self._closed else needed_ms
+            times = [word.word.clipped(limit_ms) for word in words]
+            event = TranscriptDelta(
+                seq=self._next_seq(),
+                delta="".join(word.delta for word in words),
+                start_ms=times[0].start_ms,
+                end_ms=times[-1].end_ms,
+                emitted_ms=limit_ms,
+                segment=self._text.segment,
+                endpoint=closes,
+                words=tuple(times),
+            )
+            self._emit(event)
+        if closes and self._text.segment_words:
+            self._text = close_segment(self._text)
+
+    def _silent(self, end_frame: int) -> bool:
+        """Whether nobody spoke in the silence before ``end_frame``."""
+        end = (end_frame - 1) * FRAME_SAMPLES + GROUP_TAIL_SAMPLES - self._recent_start()
+        return is_silent(self._recent[max(0, end - self._silence_frames * FRAME_SAMPLES) : max(0, end)])
+
+    def _recent_start(self) -> int:
+        return self._features.samples - len(self._recent)
+
+    def _forget(self, end_frame: int) -> None:
+        """Drops audio that no endpoint can ask about any more."""
+        keep_from = (end_frame - self._silence_frames - 1) * FRAME_SAMPLES
+        self._recent = self._recent[max(0, keep_from - self._recent_start()) :]
+
+    def _emit(self, event: Event) -> None:
+        self._events = (*self._events, event)
+
+    def _next_seq(self) -> int:
+        self._seq += 1
+        return self._seq - 1
+
+
+def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
+    """Advances every ready session by a step of one common batch; their events wait in ``take_events``.
+
+    Args:
+        sessions: Sessions of one recognizer, ready or not.
+        max_chunks: Chunks of a session to run at once, where so much audio is there; see
+            :func:`streaming.encoder.encode`.
+    """
+    ready = [session for session in sessions if session.ready(max_chunks)]
+    if not ready:
+        return
+    net = ready[0].recognizer.net
+    encoded, done, streams = encode(net.encoder, [session._encoder for session in ready], max_chunks=max_chunks)
+    for session, stream in zip(ready, streams, strict=True):
+        session._encoder = stream
+    for kind in {type(session.search) for session in ready}:
+        rows = [row for row, session in enumerate(ready) if type(session.search) is kind]
+        search = ready[rows[0]].search
+        states = type(ready[rows[0]]._decoder).cat([ready[row]._decoder for row in rows])
+        lengths = [done[row].frames for row in rows]
+        tokens, after = search.step(encoded if len(rows) == len(ready) else encoded[rows], lengths, states)
+        for row, state, pieces in zip(rows, after.rows(), tokens, strict=True):
+            ready[row]._decoder = state
+            ready[row]._decoded(done[row], pieces)
+
+
+def _search(recognizer: Recognizer, decoder: str) -> Search:
+    has = {"rnnt": recognizer.config.decoder is not None, "ctc": recognizer.config.ctc}
+    if not has.get(decoder, False):
+        heads = " and ".join(name for name, there in has.items() if there)
+        raise DragomanError(
+            "unsupported_decoder", f"model {recognizer.name!r} has no {decoder!r} head; it decodes with {heads}"
+        )
+    return TransducerSearch(recognizer.net) if decoder == "rnnt" else CtcSearch(recognizer.net)

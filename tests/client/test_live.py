@@ -1,0 +1,130 @@
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from websockets.asyncio.server import ServerConnection
+
+import server
+from client.files import AudioFile
+from client.live import stream
+from client.output import OutputFormat, make_writer
+from streaming.errors import DragomanError
+from tests.fakes import FakeSession, fake_tick, running_service, tone
+
+LEVELS = [0.2, 0.4, 0.6]  # 1.2 s
+TEXT = "w20 w40 w60\n"
+
+
+@pytest.fixture(autouse=True)
+def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "Session", FakeSession)
+    monkeypatch.setattr(server, "tick", fake_tick)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Callable[..., AudioFile]:
+    def make(levels: list[float] = LEVELS, name: str = "a.wav", rate_hz: int = 16_000) -> AudioFile:
+        soundfile.write(tmp_path / name, tone(levels, rate_hz), rate_hz)
+        return AudioFile(tmp_path / name)
+
+    return make
+
+
+async def live(url: str, source: AudioFile, kind: str = "txt", **arguments: Any) -> None:
+    arguments = {"pace": None, "session": {}, **arguments}
+    await stream(source, url, make_writer(OutputFormat(kind), "a.wav"), **arguments)
+
+
+async def test_words_come_back(
+    recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_service() as url:
+        await live(url, recording())
+        await live(url, recording(rate_hz=48_000, name="b.flac"))
+    assert capsys.readouterr().out == TEXT * 2
+
+
+async def test_json_lines(recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]) -> None:
+    async with running_service() as url:
+        await live(url, recording(), "jsonl")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["type"] for event in events[:2]] == ["session.created", "session.updated"]
+    assert [event["seq"] for event in events] == list(range(6))
+    assert {event["file"] for event in events} == {"a.wav"}
+
+
+@pytest.mark.parametrize(("pace", "least_s", "most_s"), [(4.0, 0.3, 1.5), (1.0, 1.2, 2.0)])
+async def test_the_pace(
+    pace: float, least_s: float, most_s: float, recording: Callable[..., AudioFile]
+) -> None:
+    async with running_service() as url:
+        started_s = time.monotonic()
+        await live(url, recording(), pace=pace)
+        assert least_s <= time.monotonic() - started_s < most_s
+
+
+async def test_ctrl_c_ends_the_audio_and_waits_for_the_last_words(
+    recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_service() as url:
+        asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGINT)
+        await live(url, recording([0.2] * 100), pace=1.0)
+    words = capsys.readouterr().out.split()
+    assert 1 < len(words) < 10
+    assert set(words) == {"w20"}
+
+
+async def failure(url: str, source: AudioFile, **arguments: Any) -> DragomanError:
+    with pytest.raises(DragomanError) as caught:
+        await live(url, source, **arguments)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+async def test_what_can_go_wrong_with_the_service(recording: Callable[..., AudioFile]) -> None:
+    assert "dragoman serve" in str(await failure("ws://127.0.0.1:9", recording()))
+    assert "not the service" in str(await failure("http://127.0.0.1:9", recording()))
+    async with running_service(max_sessions=1, token="sesame") as url:
+        assert "there is no /v1/realtime here" in str(
+            await failure(url.replace("/translations", ""), recording())
+        )
+        assert "token" in str(await failure(url, recording()))
+        await live(url, recording(), token="sesame")
+    async with running_service() as url:
+        assert (await failure(url, recording(), session={"colour": "red"})).code == "unknown_field"
+
+
+async def test_a_service_that_goes_away(recording: Callable[..., AudioFile]) -> None:
+    async with running_service() as url:
+        talk = asyncio.create_task(failure(url, recording([0.2] * 100), pace=1.0))
+        await asyncio.sleep(0.5)
+    assert (await talk).code == "server_shutdown"
+
+
+async def test_a_connection_that_breaks(
+    recording: Callable[..., AudioFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang_up(self: server.Service, connection: ServerConnection) -> None:
+        connection.transport.abort()
+
+    monkeypatch.setattr(server.Service, "_handle", hang_up)
+    async with running_service() as url:
+        assert (await failure(url, recording())).code == "connection_lost"
+
+
+async def test_a_recording_that_is_cut_off(
+    recording: Callable[..., AudioFile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recording([0.2] * 20, "a.mp3").close()
+    data = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(data[: len(data) // 2])
+    async with running_service() as url:
+        assert "cut off" in str(await failure(url, AudioFile(tmp_path / "a.mp3")))
+    assert "w2" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""A session without a model, for tests of files, formats and sockets.
+
+It has the interface of `streaming.session`. Each 400 ms of sound become one word that says how loud they
+were, so a test knows what to expect from its audio; 400 ms of silence are an endpoint. Like the real one it
+gives the same events for any chunking of its audio.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+
+import server
+from models.recognizer import Recognizer
+from streaming.audio import AudioNormalizer, Samples
+from streaming.errors import DragomanError
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, Word
+
+WORD_MS: Final = 400
+_WORD_SAMPLES: Final = 16 * WORD_MS
+
+
+class FakeRecognizer:
+    """Stands where the weights would be."""
+
+    name = "fake"
+
+
+@asynccontextmanager
+async def running_service(recognizer: object = FakeRecognizer(), **settings: Any) -> AsyncIterator[str]:
+    """A service on a free port; gives its URL."""
+    service = server.Service(cast(Recognizer, recognizer), server.Settings(port=0, **settings))
+    try:
+        yield await service.start()
+    finally:
+        await service.stop()
+
+
+class FakeSession:
+    """Words from loudness; `config` needs no more than an audio format."""
+
+    def __init__(self, recognizer: object, config: Any) -> None:
+        self._normalizer = AudioNormalizer(config.audio)
+        self._rate_hz = config.audio.sample_rate_hz
+        self._waiting: Samples = np.empty(0, np.float32)
+        self._words = 0
+        self._segment = 0
+        self._seq = 0
+        self._events: list[Event] = []
+        self._ending = self._closed = False
+
+    def write(self, pcm: bytes | npt.NDArray[Any]) -> None:
+        self._waiting = np.concatenate([self._waiting, self._normalizer.push(pcm)])
+
+    def close_input(self) -> None:
+        self._ending = True
+        try:
+            self._waiting = np.concatenate([self._waiting, self._normalizer.finish()])
+        except DragomanError as error:
+            self._events.append(ErrorEvent(self._seq, error.code, str(error)))
+            self._seq += 1
+
+    def ready(self) -> bool:
+        return not self._closed and (self._ending or len(self._waiting) >= _WORD_SAMPLES)
+
+    def flush(self) -> list[Event]:
+        if len(self._waiting):
+            self.step()
+        return self.take_events()
+
+    def take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def step(self) -> None:
+        block, self._waiting = self._waiting[:_WORD_SAMPLES], self._waiting[_WORD_SAMPLES:]
+        if len(block):
+            self._hear(float(np.abs(block).max()))
+        if self._ending and not len(self._waiting):
+            self._closed = True
+            audio_ms = round(1000 * self._normalizer.received_samples / self._rate_hz)
+            self._events.append(SessionClosed(self._seq, audio_ms))
+
+    def _hear(self, loudness: float) -> None:
+        start_ms = self._words * WORD_MS
+        end_ms = start_ms + WORD_MS
+        self._words += 1
+        is_sound = loudness > 0.01
+        words = (Word(f"w{round(100 * loudness)}", start_ms, end_ms, 0.5),) if is_sound else ()
+        delta = "".join(f" {word.word}" for word in words)
+        self._events.append(
+            TranscriptDelta(self._seq, delta, start_ms, end_ms, end_ms, self._segment, not is_sound, words)
+        )
+        self._seq += 1
+        self._segment += not is_sound
+
+
+def fake_tick(sessions: Sequence[FakeSession], *, max_chunks: int = 1) -> None:
+    for session in sessions:
+        if session.ready():
+            session.step()
+
+
+def tone(levels: Sequence[float], rate_hz: int = 16_000, channels: int = 1) -> Samples:
+    """400 ms of sound for each level, float32 ``[samples, channels]``; level 0.3 is heard as ``w30``."""
+    samples = np.repeat(np.asarray(levels, np.float32), rate_hz * WORD_MS // 1000)
+    samples *= np.sin(2 * np.pi * 440 * np.arange(len(samples)) / rate_hz).astype(np.float32)
+    return np.repeat(samples[:, None], channels, axis=1)

@@ -1,0 +1,477 @@
+import asyncio
+import base64
+import json
+import shutil
+import ssl
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin
+
+import server
+from models.recognizer import Recognizer
+from streaming.audio import AudioFormat
+from streaming.errors import DragomanError
+from streaming.session import SessionConfig
+from tests.fakes import FakeRecognizer, FakeSession, fake_tick, running_service, tone
+
+RATE_16K = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}}}
+
+
+@pytest.fixture(autouse=True)
+def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "Session", FakeSession)
+    monkeypatch.setattr(server, "tick", fake_tick)
+
+
+def pcm(levels: Sequence[float], rate_hz: int = 16_000) -> bytes:
+    return (tone(levels, rate_hz) * 32_767).astype("<i2").tobytes()
+
+
+async def send_event(connection: ClientConnection, kind: str, **fields: Any) -> None:
+    await connection.send(json.dumps({"type": kind, **fields}))
+
+
+async def events_until_closed(connection: ClientConnection) -> list[dict[str, Any]]:
+    events = []
+    try:
+        async for frame in connection:
+            events.append(json.loads(frame))
+    except ConnectionClosed:
+        pass
+    assert [event["seq"] for event in events] == list(range(len(events)))
+    return events
+
+
+def words(events: list[dict[str, Any]]) -> str:
+    return "".join(event.get("delta", "") for event in events)
+
+
+def errors(events: list[dict[str, Any]]) -> list[str]:
+    return [event["error"]["code"] for event in events if event["type"] == "error"]
+
+
+async def talk(url: str, audio: bytes, message_bytes: int = 3_201) -> list[dict[str, Any]]:
+    """A whole session at 16 kHz, its audio cut anywhere."""
+    async with connect(url) as connection:
+        await send_event(connection, "session.update", session=RATE_16K)
+        for start in range(0, len(audio), message_bytes):
+            await connection.send(audio[start : start + message_bytes])
+        await send_event(connection, "session.close")
+        return await events_until_closed(connection)
+
+
+async def sessions(url: str) -> int:
+    """How many sessions the service says it has."""
+    _, body = await asyncio.to_thread(get, f"{url.removesuffix(server.PATH)}/healthz")
+    count = json.loads(body)["sessions"]
+    assert isinstance(count, int)
+    return count
+
+
+async def no_session_is_left(url: str) -> None:
+    for _ in range(500):
+        if await sessions(url) == 0:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the session is still there after 5 s")
+
+
+async def test_a_session_from_its_first_to_its_last_event() -> None:
+    async with running_service() as url, connect(url) as connection:
+        created = json.loads(await connection.recv())
+        assert created["type"] == "session.created"
+        assert created["session"]["audio"]["input"]["format"]["rate"] == 24_000
+        await send_event(connection, "session.update", session=RATE_16K)
+        updated = json.loads(await connection.recv())
+        assert updated["type"] == "session.updated"
+        assert updated["session"]["audio"]["input"]["format"]["rate"] == 16_000
+        await connection.send(pcm([0.2, 0.4]))
+        first = json.loads(await connection.recv())
+        assert first == {
+            "type": "session.input_transcript.delta",
+            "seq": 2,
+            "delta": " w20",
+            "start_ms": 0,
+            "end_ms": 400,
+            "emitted_ms": 400,
+            "segment": 0,
+            "endpoint": False,
+            "words": [{"word": "w20", "start_ms": 0, "end_ms": 400, "confidence": 0.5}],
+        }
+        await connection.send(pcm([0.6]))
+        await send_event(connection, "session.close")
+        rest = [json.loads(frame) async for frame in connection]
+        assert words(rest) == " w40 w60"
+        assert rest[-1] == {"type": "session.closed", "seq": 5, "audio_ms": 1200}
+        assert connection.close_code == 1000
+
+
+async def test_without_a_declaration_audio_is_24_khz() -> None:
+    async with running_service() as url, connect(url) as connection:
+        await connection.send(pcm([0.2, 0.4, 0.6], 24_000))
+        await send_event(connection, "session.close")
+        events = await events_until_closed(connection)
+        assert words(events) == " w20 w40 w60"
+        assert events[-1]["audio_ms"] == 1200
+
+
+async def test_base64_audio_is_the_same_as_binary() -> None:
+    async with running_service() as url, connect(url) as connection:
+        await send_event(connection, "session.update", event_id="e1", session=RATE_16K)
+        audio = pcm([0.2, 0.4])
+        for part in (audio[:1001], audio[1001:]):
+            text = base64.b64encode(part).decode()
+            await send_event(connection, "session.input_audio_buffer.append", audio=text)
+        await send_event(connection, "session.input_audio_buffer.commit")
+        await send_event(connection, "session.close")
+        assert words(await events_until_closed(connection)) == " w20 w40"
+
+
+async def test_sessions_side_by_side_get_what_each_has_alone() -> None:
+    audios = [pcm([0.1 * (i % 7 + 1) for i in range(start, start + 20)]) for start in range(6)]
+    async with running_service() as url:
+        alone = [await talk(url, audio) for audio in audios]
+        together = await asyncio.gather(*(talk(url, a, 1 + 997 * i) for i, a in enumerate(audios, 1)))
+    assert [words(events) for events in together] == [words(events) for events in alone]
+    assert [events[2:] for events in together] == [events[2:] for events in alone]
+    assert len({words(events) for events in alone}) == len(audios)
+
+
+@pytest.mark.parametrize(
+    "first", ["garbage", "[]", '{"type": "session.begin"}', '{"type": "session.update", "session": {"x": 1}}']
+)
+async def test_a_wrong_first_event_ends_the_session(first: str) -> None:
+    async with running_service() as url, connect(url) as connection:
+        await connection.send(first)
+        await connection.send(pcm([0.2]))
+        events = await events_until_closed(connection)
+        assert len(errors(events)) == 1
+        assert words(events) == ""
+        assert connection.close_code == 1008
+
+
+async def test_a_wrong_later_event_is_told_and_the_session_goes_on() -> None:
+    async with running_service() as url, connect(url) as connection:
+        await send_event(connection, "session.update", session=RATE_16K)
+        await connection.send(pcm([0.2]))
+        await connection.send("{")
+        await connection.send("[" * 100_000)
+        await send_event(connection, "session.update", session=RATE_16K)
+        await send_event(connection, "session.input_audio_buffer.append", audio="%")
+        await connection.send(pcm([0.4]))
+        await send_event(connection, "session.close")
+        events = await events_until_closed(connection)
+        assert sorted(errors(events)) == [
+            "invalid_json",
+            "invalid_json",
+            "invalid_value",
+            "session_already_declared",
+        ]
+        assert words(events) == " w20 w40"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "audio", "code"),
+    [
+        ("s16le", pcm([0.2, 0.4]) + b"\0", "audio_odd_bytes"),
+        ("f32le", tone([0.2, 0.4, np.nan]).tobytes(), "audio_not_finite"),
+    ],
+)
+async def test_bad_audio_is_told_after_the_words_before_it(encoding: str, audio: bytes, code: str) -> None:
+    declared = {"audio": {"input": {"format": {"rate": 16_000, "encoding": encoding}}}}
+    async with running_service() as url, connect(url) as connection:
+        await send_event(connection, "session.update", session=declared)
+        for part in (audio[:10_000], audio[10_000:50_000], audio[50_000:]):
+            await connection.send(part)
+        await send_event(connection, "session.close")
+        events = await events_until_closed(connection)
+        assert errors(events) == [code]
+        assert words(events).startswith(" w20")
+        assert connection.close_code == (1000 if code == "audio_odd_bytes" else 1007)
+        assert words(await talk(url, pcm([0.3]))) == " w30"
+
+
+async def test_a_failure_inside_ends_one_session_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Brittle(FakeSession):
+        def write(self, audio: Any) -> None:
+            if len(audio) == 666:
+                raise ZeroDivisionError
+            super().write(audio)
+
+    monkeypatch.setattr(server, "Session", Brittle)
+    async with running_service() as url, connect(url) as well, connect(url) as ill:
+        await well.send(pcm([0.2], 24_000))
+        await ill.send(bytes(666))
+        assert errors(await events_until_closed(ill)) == ["internal_error"]
+        assert ill.close_code == 1011
+        await send_event(well, "session.close")
+        assert words(await events_until_closed(well)) == " w20"
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_failing_step_does_not_end_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = True
+
+    def tick(sessions: Sequence[FakeSession]) -> None:
+        if broken:
+            raise ZeroDivisionError
+        fake_tick(sessions)
+
+    monkeypatch.setattr(server, "tick", tick)
+    async with running_service() as url:
+        assert errors(await talk(url, pcm([0.2]))) == ["internal_error"]
+        broken = False
+        assert words(await talk(url, pcm([0.2]))) == " w20"
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    """A plain HTTP request."""
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url.replace("ws:", "http:"), headers=headers)
+        ) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def test_health_and_unknown_paths() -> None:
+    async with running_service(max_sessions=3) as url, connect(url):
+        root = url.removesuffix(server.PATH)
+        status, body = await asyncio.to_thread(get, f"{root}/healthz")
+        assert (status, json.loads(body)) == (200, {"status": "ok", "sessions": 1, "max_sessions": 3})
+        status, body = await asyncio.to_thread(get, f"{root}/v2")
+        assert (status, body) == (404, f"there is no /v2 here: connect to {server.PATH}\n")
+        assert (await asyncio.to_thread(get, url))[0] == 426
+
+
+async def refusal(url: str, **arguments: Any) -> tuple[int, str]:
+    with pytest.raises(InvalidStatus) as caught:
+        async with connect(url, **arguments):
+            pass
+    return caught.value.response.status_code, (caught.value.response.body or b"").decode()
+
+
+async def test_one_session_too_many_is_refused_until_another_ends() -> None:
+    async with running_service(max_sessions=2) as url:
+        async with connect(url), connect(url):
+            assert await refusal(url) == (503, "all 2 sessions are in use: try again later\n")
+            assert await sessions(url) == 2
+        assert words(await talk(url, pcm([0.3]))) == " w30"
+
+
+async def test_a_vanished_client_frees_its_place() -> None:
+    async with running_service(max_sessions=1) as url:
+        connection = await connect(url)
+        await connection.send(pcm([0.2]))
+        connection.transport.abort()
+        await no_session_is_left(url)
+        assert words(await talk(url, pcm([0.3]))) == " w30"
+
+
+async def test_the_token() -> None:
+    async with running_service(token="sesame") as url:
+        assert (await refusal(url))[0] == 401
+        assert (await refusal(url, additional_headers={"Authorization": "Bearer sesam"}))[0] == 401
+        async with connect(url, additional_headers={"Authorization": "Bearer sesame"}):
+            pass
+
+
+async def test_web_pages_connect_from_allowed_origins_only() -> None:
+    async with running_service(origins=("https://example.org",)) as url:
+        assert (await refusal(url, origin="https://evil.example"))[0] == 403
+        async with connect(url, origin=Origin("https://example.org")):
+            pass
+    async with running_service() as url:
+        assert (await refusal(url, origin="http://localhost"))[0] == 403
+
+
+async def test_a_silent_client_is_let_go() -> None:
+    async with running_service(idle_timeout_s=0.1) as url, connect(url) as connection:
+        assert errors(await events_until_closed(connection)) == ["idle_timeout"]
+        assert connection.close_code == 1008
+
+
+async def test_a_message_too_big() -> None:
+    async with running_service() as url, connect(url) as connection:
+        await connection.send(bytes(2**20 + 1))
+        await events_until_closed(connection)
+        assert connection.close_code == 1009
+
+
+async def until_full(stream: server.Stream) -> None:
+    for _ in range(500):
+        if not stream.has_room.is_set():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the session still takes audio after 5 s")
+
+
+async def test_a_client_that_sends_too_fast_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on = threading.Event()
+    made: list[server.Stream] = []
+
+    class Watched(server.Stream):
+        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+            super().__init__(loop)
+            made.append(self)
+
+    def tick(sessions: Sequence[FakeSession]) -> None:
+        may_go_on.wait(10)
+        fake_tick(sessions)
+
+    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(server, "Stream", Watched)
+    audio = pcm([0.2, 0.4, 0.6, 0.8, 0.5])  # 2 s
+    async with running_service() as url, connect(url, ping_interval=None) as connection:
+        await send_event(connection, "session.update", session=RATE_16K)
+
+        async def send_all() -> None:
+            for _ in range(300):
+                await connection.send(audio)
+            await send_event(connection, "session.close")
+
+        await connection.recv()  # it has begun
+        sender = asyncio.create_task(send_all())
+        await until_full(made[0])
+        await asyncio.sleep(0.2)
+        assert 30 * 32_000 <= sum(map(server._size, made[0].inbox)) < 35 * 32_000
+        may_go_on.set()
+        await sender
+        events = [json.loads(frame) async for frame in connection]
+        assert words(events) == " w20 w40 w60 w80 w50" * 300
+        assert connection.close_code == 1000
+
+
+async def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = 0
+
+    class Talkative(FakeSession):
+        """Says a megabyte about each block."""
+
+        def _hear(self, loudness: float) -> None:
+            nonlocal computed
+            computed += 1
+            super()._hear(loudness)
+            event = self._events[-1]
+            self._events[-1] = replace(cast(Any, event), delta="x" * 1_000_000)
+
+    monkeypatch.setattr(server, "Session", Talkative)
+    monkeypatch.setattr(server, "_SEND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(server, "_MAX_WAITING_EVENTS", 4)
+    async with running_service(max_sessions=1) as url:
+        async with connect(url, max_queue=1, close_timeout=0.1) as connection:
+            await send_event(connection, "session.update", session=RATE_16K)
+            for _ in range(20):
+                await connection.send(pcm([0.2] * 5))
+            await no_session_is_left(url)
+        assert computed < 50, "the engine went on for a client that does not read"
+
+
+async def test_shutdown_is_told() -> None:
+    service = server.Service(cast(Recognizer, FakeRecognizer()), server.Settings(port=0))
+    async with connect(await service.start()) as connection:
+        await connection.send(pcm([0.2], 24_000))
+        await connection.recv()
+        stopping = asyncio.create_task(service.stop())
+        events: list[dict[str, Any]] = []
+        try:
+            async for frame in connection:
+                events.append(json.loads(frame))
+        except ConnectionClosed:
+            pass
+        assert errors(events) == ["server_shutdown"]
+        assert connection.close_code == 1001
+        await stopping
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    command += " -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*command.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+async def test_tls(certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    async with running_service(tls_cert=cert, tls_key=key) as url:
+        assert url.startswith("wss://")
+        trusted = ssl.create_default_context(cafile=str(cert))
+        async with connect(url, ssl=trusted) as connection:
+            assert json.loads(await connection.recv())["type"] == "session.created"
+
+
+async def test_transcripts_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with running_service() as url:
+        await talk(url, pcm([0.33]))
+    assert "w33" not in caplog.text
+
+
+def update(**session: Any) -> str:
+    return json.dumps({"type": "session.update", "session": session})
+
+
+def test_settings_of_a_session() -> None:
+    fmt = {"type": "audio/pcm", "rate": 8_000, "channels": 2, "encoding": "f32le"}
+    text = update(
+        audio={"input": {"format": fmt}, "output": {"languages": []}},
+        max_lookahead_ms=480,
+        decoder="ctc",
+        endpoint_silence_ms=500,
+    )
+    assert server.parse_message(text) == SessionConfig(AudioFormat("f32le", 8_000, 2), 480, "ctc", 500)
+    defaults = SessionConfig(AudioFormat(sample_rate_hz=24_000))
+    for empty in ('{"type": "session.update"}', update(), update(audio=None), update(audio={"input": {}})):
+        assert server.parse_message(empty) == defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "named"),
+    [
+        ("", "invalid_json", "JSON"),
+        ("null", "unknown_event", "None"),
+        ('{"type": ["session.close"]}', "unknown_event", "session.close"),
+        ('{"type": "session.close", "now": 1}', "unknown_field", "'now'"),
+        ('{"type": "session.input_audio_buffer.append", "audio": 5}', "invalid_value", "audio"),
+        ('{"type": "session.input_audio_buffer.append", "audio": "é"}', "invalid_value", "base64"),
+        (update(latency="low"), "unknown_field", "session has no field 'latency'"),
+        (update(audio={"input": {"rate": 1}}), "unknown_field", "session.audio.input has no field 'rate'"),
+        (update(audio=[1]), "invalid_value", "session.audio is"),
+        (update(audio={"input": {"format": {"rate": "16000"}}}), "invalid_value", "format.rate"),
+        (update(audio={"input": {"format": {"rate": True}}}), "invalid_value", "format.rate"),
+        (update(audio={"input": {"format": {"rate": 4_000}}}), "unsupported_rate", "4000"),
+        (update(audio={"input": {"format": {"channels": 9}}}), "unsupported_channels", "9"),
+        (update(audio={"input": {"format": {"encoding": "x"}}}), "unsupported_encoding", "x"),
+        (update(audio={"input": {"format": {"type": "audio/pcmu"}}}), "unsupported_encoding", "audio/pcmu"),
+        (update(audio={"output": {"languages": ["es"]}}), "unsupported_language", "translate"),
+        (update(audio={"output": {"language": "es"}}), "unsupported_language", "translate"),
+        (update(max_lookahead_ms=1.5), "invalid_value", "session.max_lookahead_ms"),
+        (update(**{"x" * 1000: 1}), "unknown_field", "xxx..."),
+    ],
+)
+def test_what_a_client_can_get_wrong(text: str, code: str, named: str) -> None:
+    with pytest.raises(DragomanError) as caught:
+        server.parse_message(text)
+    assert caught.value.code == code
+    assert named in str(caught.value)
+    assert len(str(caught.value)) < 300

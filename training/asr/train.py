@@ -1,0 +1,377 @@
+"""Trains a recogniser: hybrid transducer and CTC loss on packed speech, look-ahead drawn per utterance.
+
+    python -m training.asr.train --train packed/real --train packed/synth --tokenizer tokenizer.model \
+        --valid dev.jsonl --out run --steps 6000
+
+The run goes on where it stopped if ``--out`` holds a checkpoint. The learning rate warms up, stays, and falls to
+zero over the last ``--decay-steps``; a run that was stopped in its flat part may be given other ``--steps``.
+Weights are averaged exponentially; the average is what is validated and exported.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from models.config import SUBSAMPLING_FACTOR, DecoderConfig, EncoderConfig, FeatureConfig, ModelConfig
+from models.recognizer import RecognizerNet
+from training.asr.augment import Augmenter
+from training.asr.data import Batch, TrainingBatches, read_packed
+
+logger = logging.getLogger(__name__)
+
+#: Log-mel of speech is about -11 ± 4 without normalisation; the first convolution starts out undoing that.
+MEL_MEAN, MEL_SCALE = -11.0, 4.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the outcome of a run; stored beside its checkpoint.
+
+    Attributes:
+        batch_s: Padded seconds of audio in a batch.
+        peak_lr: AdamW learning rate between warm-up and decay.
+        easy_steps: The run begins with so many steps on short, unaltered utterances at the largest look-ahead:
+            CTC finds its first alignments there, which it hardly does among long ones.
+        easy_s: What is short.
+        easy_batch_s: ``batch_s`` of that time.
+        flat_steps: So long the CTC loss is helped by a flat start: cross-entropy against the pieces spread evenly
+            over the utterance's louder part.
+        rnnt_from_step: The transducer loss joins here; before, CTC alone shapes the encoder.
+        ctc_weight: Share of the CTC loss once both are there.
+        freq_masks, freq_width: SpecAugment in mel bins (Park et al. 2019).
+        time_masks, time_share: SpecAugment in time, each at most this share of the utterance.
+    """
+
+    seed: int = 1
+    batch_s: float = 64.0
+    peak_lr: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+    dropout: float = 0.0
+    ema: float = 0.997
+    easy_steps: int = 1000
+    easy_s: float = 2.6
+    easy_batch_s: float = 40.0
+    flat_steps: int = 250
+    rnnt_from_step: int = 1600
+    ctc_weight: float = 0.3
+    freq_masks: int = 2
+    freq_width: int = 20
+    time_masks: int = 2
+    time_share: float = 0.06
+
+
+def first_model_config() -> ModelConfig:
+    """The shape of the first embedded model: 10.7 M parameters."""
+    encoder = EncoderConfig(
+        n_layers=6,
+        d_model=256,
+        n_heads=4,
+        subsampling_conv_channels=64,
+        xscaling=False,
+        left_context_frames=56,
+        lookahead_frames=(6, 3, 1, 0),
+    )
+    decoder = DecoderConfig(vocab_size=256, pred_hidden=256, joint_hidden=256)
+    return ModelConfig(FeatureConfig(), encoder, vocab_size=256, decoder=decoder, name="en-small")
+
+
+class Trainer:
+    """Weights, optimiser and average of one run.
+
+    Args:
+        config: Shape of the model.
+        recipe: How it is trained.
+        device: ``cpu`` or ``cuda``.
+        autocast: Whether matrix products run in bf16.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, device: str, *, autocast: bool) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device, self.autocast = recipe, device, autocast
+        self.net = RecognizerNet(config, dropout=recipe.dropout).to(device)
+        _initialise(self.net)
+        decayed = [p for p in self.net.parameters() if p.dim() > 1]
+        others = [p for p in self.net.parameters() if p.dim() <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.98), fused=True)
+        self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+        self.step = 0
+
+    def train_step(self, batch: Batch, lr_scale: float) -> dict[str, float]:
+        """One optimiser step; returns the losses per target piece."""
+        self.net.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.peak_lr * lr_scale
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+            losses = self._losses(batch)
+        total = losses["ctc"] + losses.get("flat", 0.0)
+        if "rnnt" in losses:
+            total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
+        if torch.isfinite(norm):  # a step that overflowed is dropped, not averaged in
+            self.optimizer.step()
+        self.step += 1
+        self._update_average()
+        return {name: loss.item() for name, loss in (losses | {"norm": norm}).items()}
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        recipe, net = self.recipe, self.net
+        easy = self.step < recipe.easy_steps
+        mel = (batch.mel if easy else spec_augment(batch.mel, batch.slots, recipe)).to(self.device)
+        lookaheads = net.config.encoder.lookahead_frames
+        chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
+        chunk_frames = chunks[torch.randint(len(chunks), (len(mel),))]
+        encoded, _ = net.encoder.step(mel, None, slots=batch.slots, chunk_frames=chunk_frames)
+        frames = -(-batch.slots // SUBSAMPLING_FACTOR).to(torch.int32)
+        targets, lengths = batch.targets.to(self.device), batch.target_lengths.to(torch.int32)
+        pieces = lengths.sum()
+        assert net.ctc_decoder is not None and net.transducer is not None
+        scores = net.ctc_decoder(encoded).float().log_softmax(-1).transpose(0, 1)
+        blank = net.config.vocab_size
+        ctc = (
+            F.ctc_loss(scores, targets, frames, lengths, blank, reduction="sum", zero_infinity=True) / pieces
+        )
+        if self.step < recipe.flat_steps:
+            aligned = flat_alignment(batch, blank).to(self.device)
+            flat = F.nll_loss(scores.permute(1, 2, 0), aligned, ignore_index=-1)
+            return {"ctc": ctc, "flat": flat}
+        if self.step < recipe.rnnt_from_step:
+            return {"ctc": ctc}
+        from torchaudio.functional import rnnt_loss
+
+        lattice = net.transducer.lattice(encoded, targets).float()
+        rnnt = rnnt_loss(
+            lattice, targets.int(), frames.to(self.device), lengths.to(self.device), blank, reduction="sum"
+        )
+        return {"ctc": ctc, "rnnt": rnnt / pieces}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # The average of a young run forgets its random start quickly.
+        keep = min(self.recipe.ema, self.step / (self.step + 10))
+        for name, tensor in self.net.state_dict().items():
+            self.average[name].lerp_(tensor, 1 - keep)
+
+    def averaged(self) -> RecognizerNet:
+        """A copy of the network with the averaged weights, for validation and export."""
+        net = RecognizerNet(self.net.config).to(self.device)
+        net.load_state_dict(self.average)
+        net.eval().requires_grad_(False)
+        return net
+
+    def save(self, file: Path) -> None:
+        """Writes everything that resuming needs; an interrupted write leaves the old file."""
+        state = {
+            "net": self.net.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "recipe": asdict(self.recipe),
+            "config": self.net.config.to_dict(),
+        }
+        partial = file.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, file)
+
+    def load(self, file: Path) -> None:
+        """Goes on from a file that :meth:`save` wrote."""
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["net"])
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+@torch.no_grad()
+def _initialise(net: RecognizerNet) -> None:
+    """Lets the input through at the start.
+
+    PyTorch's default initialisation shrinks a signal at every convolution and adds random constants, until speech
+    is a hundredth of what leaves the sub-sampling; the search for first alignments then takes many times as long.
+    Here the sub-sampling keeps the variance (He et al. 2015), and its first layer starts as if its input were
+    standardised.
+    """
+    front = net.encoder.pre_encode
+    for module in front.conv:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(front.out.weight, nonlinearity="linear")
+    nn.init.zeros_(front.out.bias)
+    first = front.conv[0]
+    first.weight /= MEL_SCALE  # type: ignore[operator]
+    first.bias -= MEL_MEAN * first.weight.sum((1, 2, 3))  # type: ignore[operator,union-attr]
+
+
+def spec_augment(mel: Tensor, slots: Tensor, recipe: Recipe) -> Tensor:
+    """Replaces bands of frequency and time by each utterance's mean; returns a copy."""
+    mel = mel.clone()
+    B, S, bins = mel.shape
+    for row in range(B):
+        real = mel[row, : int(slots[row])]
+        mean = real.mean()
+        for _ in range(recipe.freq_masks):
+            width = int(torch.randint(recipe.freq_width + 1, ()))
+            start = int(torch.randint(bins - width + 1, ()))
+            real[:, start : start + width] = mean
+        for _ in range(recipe.time_masks):
+            width = int(torch.randint(int(recipe.time_share * len(real)) + 1, ()))
+            start = int(torch.randint(len(real) - width + 1, ()))
+            real[start : start + width] = mean
+    return mel
+
+
+def flat_alignment(batch: Batch, blank: int) -> Tensor:
+    """A first guess at which piece each frame belongs to, ``int64[B, T]``; -1 in the padding.
+
+    The pieces share the frames between the first and the last loud one evenly; the rest is blank. This is the
+    flat start of hidden-Markov recognisers (Young et al., The HTK Book, §3.2.2).
+    """
+    B, S, _ = batch.mel.shape
+    aligned = torch.full((B, S // SUBSAMPLING_FACTOR), -1)
+    for row in range(B):
+        frames = -(-int(batch.slots[row]) // SUBSAMPLING_FACTOR)
+        level = batch.mel[row, : frames * SUBSAMPLING_FACTOR].mean(1).view(frames, -1).mean(1)
+        loud = (level > (level.amax() + level.amin()) / 2).nonzero()[:, 0]
+        first, last = (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, frames)
+        pieces = int(batch.target_lengths[row])
+        position = torch.arange(last - first) * pieces // (last - first)
+        aligned[row, :frames] = blank
+        aligned[row, first:last] = batch.targets[row, :pieces][position] if pieces else blank
+    return aligned
+
+
+def lr_scale(step: int, warmup_steps: int, steps: int, decay_steps: int) -> float:
+    """Trapezoid: up over the warm-up, flat, down to zero over the last ``decay_steps``."""
+    return max(0.0, min(1.0, (step + 1) / warmup_steps, (steps - step) / max(1, decay_steps)))
+
+
+def run(
+    train: Annotated[list[Path], typer.Option(help="Packed set; may be given several times.")],
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model with the config's number of pieces.")],
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and logs.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the whole run.")] = 6000,
+    decay_steps: Annotated[
+        int, typer.Option(help="Steps over which the learning rate falls to zero.")
+    ] = 1500,
+    valid: Annotated[list[Path] | None, typer.Option(help="Manifest to validate on.")] = None,
+    valid_every_steps: int = 500,
+    noise: Annotated[Path | None, typer.Option(help="Manifest of noises and impulse responses.")] = None,
+    threads: int = 2,
+    device: str = "cpu",
+    bf16: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
+) -> None:
+    """Trains, validates now and then, and leaves ``out/last.pt``."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    recipe, config = Recipe(), first_model_config()
+    trainer = Trainer(config, recipe, device, autocast=bf16)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "last.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+        logger.info("resumed at step %d", trainer.step)
+    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+    entries = read_packed(train)
+    logger.info("%d utterances, %.1f h", len(entries), sum(e.length for e in entries) / 16000 / 3600)
+    augmenter = Augmenter(noise)
+
+    def loader(*, easy: bool) -> DataLoader[Batch]:
+        batches = TrainingBatches(
+            [e for e in entries if e.length <= recipe.easy_s * 16000] if easy else entries,
+            tokenizer,
+            config.features,
+            None if easy else augmenter,
+            batch_s=recipe.easy_batch_s if easy else recipe.batch_s,
+            seed=recipe.seed + trainer.step,
+        )
+        return DataLoader(
+            batches, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_quiet_worker
+        )
+
+    for easy, end in ((True, min(recipe.easy_steps, steps)), (False, steps)):
+        if trainer.step < end:
+            scale = functools.partial(
+                lr_scale, warmup_steps=recipe.warmup_steps, steps=steps, decay_steps=decay_steps
+            )
+            _loop(
+                trainer, loader(easy=easy), end, scale, checkpoint, tokenizer, valid or [], valid_every_steps
+            )
+
+
+def _quiet_worker(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _loop(
+    trainer: Trainer,
+    loader: DataLoader[Batch],
+    end: int,
+    schedule: Callable[[int], float],
+    checkpoint: Path,
+    tokenizer: Path,
+    valid: list[Path],
+    valid_every_steps: int,
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    sums: dict[str, list[float]] = {}
+    heard_s, begun = 0.0, time.monotonic()
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        bar = progress.add_task("training", total=end, completed=trainer.step)
+        for batch in loader:
+            if trainer.step >= end:
+                break
+            scale = schedule(trainer.step)
+            for name, value in trainer.train_step(batch, scale).items():
+                sums.setdefault(name, []).append(value)
+            heard_s += batch.audio_s
+            progress.update(bar, completed=trainer.step)
+            if trainer.step % 50 == 0:
+                figures = " ".join(f"{name} {np.mean(values):.3f}" for name, values in sums.items())
+                speed = heard_s / (time.monotonic() - begun)
+                logger.info("step %d lr×%.2f %s %.0f× real time", trainer.step, scale, figures, speed)
+                sums, heard_s, begun = {}, 0.0, time.monotonic()
+            if trainer.step % valid_every_steps == 0 or trainer.step == end:
+                trainer.save(checkpoint)
+                _validate(trainer, tokenizer, valid)
+                begun = time.monotonic()
+
+
+def _validate(trainer: Trainer, tokenizer: Path, manifests: list[Path]) -> None:
+    """Logs the word error rates of the averaged weights."""
+    from training.asr.validate import word_error_rates
+
+    net = trainer.averaged()
+    for manifest in manifests:
+        decoders = ("rnnt", "ctc") if trainer.step > trainer.recipe.rnnt_from_step else ("ctc",)
+        rates = word_error_rates(net, tokenizer, manifest, decoders, limit=60)
+        figures = " ".join(f"{name} {100 * rate:.1f}%" for name, rate in rates.items())
+        logger.info("step %d WER on %s: %s", trainer.step, manifest.stem, figures)
+
+
+if __name__ == "__main__":
+    typer.run(run)
