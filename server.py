@@ -482,9 +482,7 @@ def _section(value: object, path: str, *keys: str) -> dict[str, Any]:
         raise DragomanError("invalid_value", f"{path} is {_shown(value)}: it must be an object")
     for key in value:
         if key not in keys:
-            raise DragomanError(
-                "unknown_field", f"{path} has no field {_shown(key)}: it takes {', '.join(keys)}"
-            )
+            raise DragomanError("unknown_field", f"{path} has no field {_shown(key)}: it takes {', '.join(keys)}")
     return value
 
 

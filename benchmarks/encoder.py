@@ -129,8 +129,7 @@ def our_step(encoder: FastConformer, mel: Tensor, lookahead: int) -> Callable[[]
     """A step of our encoder on streams whose caches are full; it starts from the same state every time."""
     batch = mel.shape[0]
     state = encoder.init_state(batch)
-    state.keys.normal_()
-    state.values.normal_()
+    state.attention.normal_()
     state.conv.normal_()
     state.frames.fill_(LEFT_CONTEXT_FRAMES)
     slots = torch.full((batch,), mel.shape[1])
@@ -233,9 +232,7 @@ def measure(
                 bounds.append(bound(name, count, reference, encoder, seconds))
                 for batch in batches:
                     for lookahead in lookaheads:
-                        mel = torch.randn(
-                            batch, SUBSAMPLING_FACTOR * (lookahead + 1), reference.shape.mel_bins
-                        )
+                        mel = torch.randn(batch, SUBSAMPLING_FACTOR * (lookahead + 1), reference.shape.mel_bins)
                         steps = [our_step(encoder, mel, lookahead), nemo_step(reference, mel, lookahead)]
                         ours, theirs = in_turn(steps, 2 * seconds)
                         ratio = theirs.median_ms / ours.median_ms
@@ -277,9 +274,7 @@ def print_bounds(console: Console, bounds: Sequence[Bound]) -> None:
         table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=True)
     for b in bounds:
         figures = (b.weight_mb, b.step_ms, b.floor_ms, b.calls_ms, b.weights_gb_s, b.machine_gb_s)
-        table.add_row(
-            b.shape, str(b.threads), *(f"{f:.1f}" for f in figures), str(b.our_ops), str(b.nemo_ops)
-        )
+        table.add_row(b.shape, str(b.threads), *(f"{f:.1f}" for f in figures), str(b.our_ops), str(b.nemo_ops))
     console.print(table)
 
 
@@ -299,9 +294,7 @@ def main(
     """Compare the step time of this encoder with NeMo's on this machine."""
     rows, bounds = measure(shape, threads, batch, lookahead, seconds)
     console = Console(width=TABLE_WIDTH, height=TABLE_WIDTH)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
-    )
+    console.print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}")
     print_rows(console, rows)
     print_bounds(console, bounds)
     if json_file is not None:

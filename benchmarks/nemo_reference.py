@@ -81,11 +81,7 @@ class NemoReference:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's tensors under NeMo's names, without the front end's buffers."""
-        return {
-            name: value
-            for name, value in self.model.state_dict().items()
-            if not name.startswith("preprocessor.")
-        }
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith("preprocessor.")}
 
     def config(self) -> ModelConfig:
         """The same model in our terms."""
@@ -216,9 +212,7 @@ class NemoReference:
         for hypothesis, length in zip(hypotheses, lengths.tolist(), strict=True):
             labels = [int(label) for label in hypothesis.y_sequence[:length]]
             # NeMo's hypothesis keeps one label a frame; its text has them merged.
-            merged = [
-                label for label, before in zip(labels, [blank, *labels], strict=False) if label != before
-            ]
+            merged = [label for label, before in zip(labels, [blank, *labels], strict=False) if label != before]
             rows.append([label for label in merged if label != blank])
         return rows
 
@@ -432,8 +426,7 @@ def _train_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
     letters = random.Random(seed)
     syllables = [c + v + e for c in "bdfghklmnprstvz" for v in "aeiou" for e in ("", "n", "r", "st")]
     lines = [
-        " ".join("".join(letters.choices(syllables, k=letters.randint(1, 4))) for _ in range(12))
-        for _ in range(900)
+        " ".join("".join(letters.choices(syllables, k=letters.randint(1, 4))) for _ in range(12)) for _ in range(900)
     ]
     (folder / "text.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(

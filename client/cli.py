@@ -50,9 +50,7 @@ ChannelsOption = Annotated[int, typer.Option("--channels", help="Interleaved cha
 EncodingOption = Annotated[Literal["s16le", "f32le"], typer.Option("--encoding", help="Samples of raw PCM.")]
 TokenOption = Annotated[
     str | None,
-    typer.Option(
-        "--token", envvar="DRAGOMAN_TOKEN", help="Secret of the service, as in Authorization: Bearer."
-    ),
+    typer.Option("--token", envvar="DRAGOMAN_TOKEN", help="Secret of the service, as in Authorization: Bearer."),
 ]
 
 
@@ -163,9 +161,7 @@ def serve(
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="ORIGIN", help="Web origin whose pages may connect, such as https://example.org."
-        ),
+        typer.Option(metavar="ORIGIN", help="Web origin whose pages may connect, such as https://example.org."),
     ] = None,
     token: TokenOption = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate chain, for wss.")] = None,
@@ -216,7 +212,10 @@ def live(
         from client.live import stream
         from client.output import make_writer
 
-        source = _open_source(file, encoding, rate, channels)
+        try:
+            source = _open_source(file, encoding, rate, channels)
+        except DragomanError as error:
+            raise DragomanError(error.code, f"{file}: {error}") from None
         asyncio.run(
             stream(
                 source,
@@ -256,9 +255,7 @@ def import_model(
 @models_app.command("fetch")
 def fetch_model(
     name: Annotated[str, typer.Argument(metavar="NAME[@REV]", help="A model on the hub, at a revision.")],
-    out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="Folder; left out: named like it.")
-    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder; left out: named like it.")] = None,
 ) -> None:
     """Fetch a published model by name and convert it where needed."""
     with one_sentence():

@@ -238,9 +238,7 @@ class _PyAvReader:
         duration_us = self._container.duration
         self.duration_s = None if duration_us is None else duration_us / av.time_base
         name = self._container.format.name
-        self.declares_length = (
-            _has_mp3_length(path) if name == "mp3" else name.startswith(_DECLARING_CONTAINERS)
-        )
+        self.declares_length = _has_mp3_length(path) if name == "mp3" else name.startswith(_DECLARING_CONTAINERS)
 
     def pieces(self) -> Iterator[Samples]:
         frame = self._first

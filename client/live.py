@@ -50,9 +50,7 @@ async def stream(
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
         # The answer to a ping waits behind audio that the service has not read yet: it would tell nothing.
-        async with connect(
-            url, additional_headers=headers, compression=None, ping_interval=None
-        ) as connection:
+        async with connect(url, additional_headers=headers, compression=None, ping_interval=None) as connection:
             sender = asyncio.create_task(_send(connection, source, pace, session))
             printer = asyncio.create_task(_print_events(connection, writer))
             done, unfinished = await asyncio.wait({sender, printer}, return_when=asyncio.FIRST_EXCEPTION)
@@ -127,17 +125,23 @@ async def _print_events(connection: ClientConnection, writer: Writer) -> None:
     Raises:
         DragomanError: The service reports an error, or the connection ends before the session.
     """
+    begun = False
     try:
         async for frame in connection:
             event = parse_event(frame)
-            _print(writer.push([event]))
+            if text := writer.push([event]):
+                begun = True
+                _print(text)
             if isinstance(event, ErrorEvent):
                 raise DragomanError(event.code, f"the service reports: {event.message}")
             if isinstance(event, SessionClosed):
-                _print(writer.finish())
+                begun = True
                 return
     except ConnectionClosed:
         pass
+    finally:
+        if begun:
+            _print(writer.finish())
     reason = connection.close_reason or f"code {connection.close_code}"
     raise DragomanError("connection_lost", f"the connection ended before the transcript did ({reason})")
 

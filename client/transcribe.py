@@ -82,9 +82,7 @@ def transcribe(
 class _Job:
     """One recording under way."""
 
-    def __init__(
-        self, index: int, source: AudioSource, recognizer: Recognizer, config: SessionConfig
-    ) -> None:
+    def __init__(self, index: int, source: AudioSource, recognizer: Recognizer, config: SessionConfig) -> None:
         self.index = index
         self.source = source
         self.done = False

@@ -22,9 +22,7 @@ from streaming.errors import DragomanError
 EMBEDDED_MODEL = Path(__file__).parent / "en-small"
 
 
-def load_recognizer(
-    path: Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Recognizer:
+def load_recognizer(path: Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Recognizer:
     """Reads a model folder; without a path, the embedded one.
 
     Raises:
@@ -41,9 +39,7 @@ def load_recognizer(
     return Recognizer.create(config, tensors, tokenizer, device=device, dtype=dtype)
 
 
-def save_checkpoint(
-    out: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: bytes, card: str
-) -> None:
+def save_checkpoint(out: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: bytes, card: str) -> None:
     """Writes a model folder.
 
     Args:

@@ -34,7 +34,8 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         if self.sample_rate_hz != 16000:
             raise DragomanError(
-                "unsupported_model", f"the front end works at 16000 Hz, the model asks for {self.sample_rate_hz} Hz"
+                "unsupported_model",
+                f"the front end works at 16000 Hz, the model asks for {self.sample_rate_hz} Hz",
             )
 
 

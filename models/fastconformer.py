@@ -20,6 +20,7 @@ Cache-based Inference" (arXiv 2312.17279); relative positions after Dai et al., 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,12 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import SUBSAMPLING_FACTOR, EncoderConfig
+from models.linear import Linear
 
 #: Slots of the first group that lie before the first mel frame.
 LEADING_SLOTS = SUBSAMPLING_FACTOR - 1
 #: Added to the scores of invisible keys; NeMo's value, small enough to vanish in a softmax in any dtype.
 MASKED_SCORE = -10000.0
 STAGES = 3
+#: Up to so many frames, the depthwise convolution is faster as a product and a sum than as a convolution.
+SHORT_STEP_FRAMES = 16
 
 
 @dataclass
@@ -44,15 +48,14 @@ class EncoderState:
         frames: ``int64[B]``, on the host: encoder frames that each row has produced.
         subsampling: One tensor a stage, the last input frame of each stage:
             ``[B, 1, 1, F0]``, ``[B, C, 1, F1]``, ``[B, C, 1, F2]``.
-        keys: ``[L, B, H, left, D/H]``, oldest frame first; the last ``min(frames, left)`` are real.
-        values: The same for the values.
+        attention: ``[L, 2, B, H, left, D/H]``, keys and values, oldest frame first; the last
+            ``min(frames, left)`` are real.
         conv: ``[L, B, kernel-1, D]``, the inputs of the depthwise convolution, oldest first.
     """
 
     frames: Tensor
     subsampling: tuple[Tensor, Tensor, Tensor]
-    keys: Tensor
-    values: Tensor
+    attention: Tensor
     conv: Tensor
 
     @staticmethod
@@ -64,8 +67,7 @@ class EncoderState:
         return EncoderState(
             frames=torch.cat([s.frames for s in states]),
             subsampling=(first, second, third),
-            keys=torch.cat([s.keys for s in states], 1),
-            values=torch.cat([s.values for s in states], 1),
+            attention=torch.cat([s.attention for s in states], 2),
             conv=torch.cat([s.conv for s in states], 1),
         )
 
@@ -76,9 +78,8 @@ class EncoderState:
         return EncoderState(
             frames=self.frames[at].clone(),
             subsampling=(first, second, third),
-            keys=self.keys[:, at].clone(),
-            values=self.values[:, at].clone(),
-            conv=self.conv[:, at].clone(),
+            attention=self.attention[:, :, at].clone(memory_format=torch.contiguous_format),
+            conv=self.conv[:, at].clone(memory_format=torch.contiguous_format),
         )
 
     def rows(self) -> list[EncoderState]:
@@ -87,30 +88,38 @@ class EncoderState:
 
 
 class _LayerWeights(NamedTuple):
-    """One layer's tensors in the shape the step uses them, read from the modules below."""
+    """One layer's weights in the shape the step uses them, read from the modules below."""
 
     norms: tuple[tuple[Tensor, Tensor], ...]  # ff1, attention, conv, ff2, out, and inside the conv module
-    ff1: tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-    ff2: tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-    qkv: tuple[Tensor, Tensor | None]
-    out: tuple[Tensor, Tensor | None]
-    bias_u: Tensor  # [H, 1, D/H]
+    ff1: tuple[Linear, Linear]  # the second halved, as the layer adds only half of it
+    ff2: tuple[Linear, Linear]
+    qkv: Linear  # queries divided by sqrt(D/H)
+    out: Linear
+    bias_u: Tensor  # [H, 1, D/H], divided likewise
     bias_v: Tensor
     pos: Tensor  # [D, D]
-    pointwise1: tuple[Tensor, Tensor | None]
-    depthwise: tuple[Tensor, Tensor | None]  # [kernel, D]
-    pointwise2: tuple[Tensor, Tensor | None]
+    pointwise1: Linear
+    depthwise: tuple[Tensor, Tensor | None]  # [D, kernel]
+    pointwise2: Linear
 
 
 class _StepShape(NamedTuple):
     """What the rows of one step bring, on the host once and on the device for all layers."""
 
     frames: Tensor  # int64[B] on the host: new frames of each row
-    uniform: bool  # every row brings the same number of frames
-    subsampling_masks: tuple[Tensor | None, ...]  # [B, 1, slots, 1] per stage input, and one for the last output
+    subsampling_masks: tuple[Tensor | None, ...]  # [B, 1, slots, 1] per stage input and for the last output
     visible: Tensor | None  # [B, 1, T, keys], False where a key is invisible
     conv_mask: Tensor | None  # [B, T, 1]
-    newest: Tensor | None  # int64[B, 1]: where each row's new frames end, when not uniform
+    newest: Tensor | None  # int64[B, 1]: where each row's new frames end; None if all rows bring T
+
+
+class _Past(NamedTuple):
+    """One layer's caches of the last step, and the memory that takes them with this step's frames behind."""
+
+    attention: Tensor  # [2, B, H, left, D/H]
+    conv: Tensor  # [B, kernel-1, D]
+    attention_out: Tensor  # [2, B, H, left + T, D/H]
+    conv_out: Tensor  # [B, kernel-1 + T, D]
 
 
 class FastConformer(nn.Module):
@@ -133,10 +142,16 @@ class FastConformer(nn.Module):
         self._positions: dict[tuple[int, int], list[Tensor]] = {}
 
     def freeze(self) -> FastConformer:
-        """Prepares for inference: no gradients, fused projections, cached positions. Returns itself."""
+        """Prepares for inference on the device where the weights are. Returns itself.
+
+        Weights are fused and packed, projected positions are kept, and gradients end. The layers' own matrices
+        are given up, so a frozen encoder cannot be saved or moved.
+        """
         self.eval().requires_grad_(False)
         self._positions.clear()
-        self._weights = [layer.weights() for layer in self.layers]  # type: ignore[operator]
+        self._weights = [layer.weights(packed=True) for layer in self._conformer_layers()]
+        for layer in self._conformer_layers():
+            layer.release()
         return self
 
     def init_state(self, batch: int) -> EncoderState:
@@ -145,12 +160,11 @@ class FastConformer(nn.Module):
         widths = self.pre_encode.widths
         channels = (1, c.subsampling_conv_channels, c.subsampling_conv_channels)
         first, second, third = (like.new_zeros(batch, n, 1, w) for n, w in zip(channels, widths, strict=False))
-        cache = (c.n_layers, batch, c.n_heads, c.left_context_frames, c.d_model // c.n_heads)
+        cache = (c.n_layers, 2, batch, c.n_heads, c.left_context_frames, c.d_model // c.n_heads)
         return EncoderState(
             frames=torch.zeros(batch, dtype=torch.int64),
             subsampling=(first, second, third),
-            keys=like.new_zeros(cache),
-            values=like.new_zeros(cache),
+            attention=like.new_zeros(cache),
             conv=like.new_zeros(c.n_layers, batch, c.conv_kernel_size - 1, c.d_model),
         )
 
@@ -176,26 +190,35 @@ class FastConformer(nn.Module):
         cached = 0 if state is None else self.config.left_context_frames
         seen = torch.zeros_like(slots) if state is None else state.frames
         shape = self._shape(mel, cached, seen, slots, chunk_frames)
-        weights = self._weights or [layer.weights() for layer in self.layers]  # type: ignore[operator]
-        x, subsampling = self.pre_encode(mel, state.subsampling if state else None, shape)
+        weights = self._weights or [layer.weights(packed=False) for layer in self._conformer_layers()]
+        x, subsampling = self.pre_encode(mel, None if state is None else state.subsampling, shape)
         if self.config.xscaling:
             x = x * math.sqrt(self.config.d_model)
-        x = self._drop(x)
-        positions = self._projected_positions(weights, x, cached)
-        keys, values, convs = [], [], []
-        for i, w in enumerate(weights):
-            past = None if state is None else (state.keys[i], state.values[i], state.conv[i])
-            x, new = self._layer(x, w, positions[i], past, shape)
-            if new is not None:
-                keys.append(new[0])
-                values.append(new[1])
-                convs.append(new[2])
+        B, T, D = x.shape
+        # The layers see one list of frames, [B * T, D]: only attention and convolution ask which row each is of.
+        x = self._drop(x).reshape(B * T, D)
+        positions = self._projected_positions(weights, x, T, cached)
         if state is None:
-            return x, None
+            for w, p in zip(weights, positions, strict=True):
+                x = self._layer(x, w, p, None, shape)
+            return x.view(B, T, D), None
+        # The caches grow by T into fresh memory; the state after the step is a view of their newest part.
+        attention, conv = _grown(state.attention, 4, T), _grown(state.conv, 2, T)
+        caches = (cache.unbind() for cache in (state.attention, state.conv, attention, conv))
+        for w, p, *past in zip(weights, positions, *caches, strict=True):
+            x = self._layer(x, w, p, _Past(*past), shape)
         after = EncoderState(
-            seen + shape.frames, subsampling, torch.stack(keys), torch.stack(values), torch.stack(convs)
+            frames=seen + shape.frames,
+            subsampling=subsampling,
+            attention=_newest(attention, cached, 4, shape.newest, row_dim=2),
+            conv=_newest(conv, self.config.conv_kernel_size - 1, 2, shape.newest, row_dim=1),
         )
-        return x, after
+        return x.view(B, T, D), after
+
+    def _conformer_layers(self) -> Iterator[_Layer]:
+        for layer in self.layers:
+            assert isinstance(layer, _Layer)
+            yield layer
 
     # ---------------------------------------------------------------------------------------------- one step
 
@@ -221,7 +244,6 @@ class FastConformer(nn.Module):
         visible = self._visible(T, cached, seen, frames, chunk_frames)
         return _StepShape(
             frames=frames,
-            uniform=uniform,
             subsampling_masks=tuple(masks) or (None,) * (STAGES + 1),
             visible=None if visible is None else visible.to(mel.device),
             conv_mask=conv_mask,
@@ -240,96 +262,77 @@ class FastConformer(nn.Module):
         oldest = torch.maximum(start - left, -seen.clamp(max=cached)[:, None, None])
         return ((key >= oldest) & (key < end))[:, None]
 
-    def _layer(
-        self,
-        x: Tensor,
-        w: _LayerWeights,
-        positions: Tensor,
-        past: tuple[Tensor, Tensor, Tensor] | None,
-        shape: _StepShape,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    def _layer(self, x: Tensor, w: _LayerWeights, positions: Tensor, past: _Past | None, shape: _StepShape) -> Tensor:
         """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm."""
-        x = torch.add(x, self._feed_forward(_norm(x, w.norms[0]), w.ff1), alpha=0.5)
-        attended, keys, values = self._attention(_norm(x, w.norms[1]), w, positions, past, shape)
-        x = x + attended
-        convolved, conv = self._convolution(_norm(x, w.norms[2]), w, past, shape)
-        x = x + convolved
-        x = torch.add(x, self._feed_forward(_norm(x, w.norms[3]), w.ff2), alpha=0.5)
-        x = _norm(x, w.norms[4])
-        if past is None:
-            return x, None
-        left = self.config.left_context_frames
-        return x, (_newest(keys, left, 2, shape), _newest(values, left, 2, shape), conv)
-
-    def _feed_forward(self, x: Tensor, w: tuple[Tensor, Tensor | None, Tensor, Tensor | None]) -> Tensor:
-        hidden = F.silu(F.linear(x, w[0], w[1]), inplace=not self.training)
-        return self._drop(F.linear(self._drop(hidden), w[2], w[3]))
+        dropout = self.dropout if self.training else 0.0
+        hidden = self._drop(w.ff1[0].silu(_norm(x, w.norms[0])))
+        x = w.ff1[1].add_to(x, hidden, dropout=dropout)
+        x = w.out.add_to(x, self._attention(_norm(x, w.norms[1]), w, positions, past, shape), dropout=dropout)
+        x = w.pointwise2.add_to(x, self._convolution(_norm(x, w.norms[2]), w, past, shape), dropout=dropout)
+        hidden = self._drop(w.ff2[0].silu(_norm(x, w.norms[3])))
+        x = w.ff2[1].add_to(x, hidden, dropout=dropout)
+        return _norm(x, w.norms[4])
 
     def _attention(
-        self,
-        x: Tensor,
-        w: _LayerWeights,
-        positions: Tensor,
-        past: tuple[Tensor, Tensor, Tensor] | None,
-        shape: _StepShape,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Relative-position attention of the new frames on the cached and the new ones.
-
-        Returns the output ``[B, T, D]`` and all keys and values ``[B, H, cached + T, D/H]``.
-        """
-        B, T, D = x.shape
-        H = self.config.n_heads
-        query, keys, values = F.linear(x, *w.qkv).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        self, x: Tensor, w: _LayerWeights, positions: Tensor, past: _Past | None, shape: _StepShape
+    ) -> Tensor:
+        """Relative-position attention of the new frames on the cached and the new ones."""
+        B, D, H = len(shape.frames), x.shape[1], self.config.n_heads
+        T = len(x) // B
+        new = w.qkv(x).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        query, keys, values = new.unbind()
         if past is not None:
-            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-        by_position = torch.matmul(query + w.bias_v, positions)  # [B, H, T, cached + 2T - 1]
+            both = torch.cat([past.attention, new[1:]], 3, out=past.attention_out)
+            keys, values = both.unbind()
+        K = keys.shape[2]
+        # Heads first: the positions are the same for all rows, and one product a head serves them all.
+        by_position = torch.bmm((query + w.bias_v).transpose(0, 1).reshape(H, B * T, D // H), positions)
+        by_position = by_position.view(H, B, T, -1).transpose(0, 1)
         if T > 1:
             by_position = _relative_shift(by_position)
-        scores = torch.matmul(query + w.bias_u, keys.transpose(2, 3)) + by_position
-        scores = scores.float() * (D // H) ** -0.5
+        scores = torch.baddbmm(
+            by_position.reshape(B * H, T, K),
+            (query + w.bias_u).reshape(B * H, T, D // H),
+            keys.reshape(B * H, K, D // H).transpose(1, 2),
+        ).float()
         if shape.visible is not None:
-            scores = scores.masked_fill(~shape.visible, MASKED_SCORE)
+            scores = scores.view(B, H, T, K).masked_fill(~shape.visible, MASKED_SCORE).view(B * H, T, K)
         weights = self._drop(torch.softmax(scores, -1).to(x.dtype))
-        mixed = torch.matmul(weights, values).transpose(1, 2).reshape(B, T, D)
-        return self._drop(F.linear(mixed, *w.out)), keys, values
+        mixed = torch.bmm(weights, values.reshape(B * H, K, D // H))
+        return mixed.view(B, H, T, D // H).transpose(1, 2).reshape(B * T, D)
 
-    def _convolution(
-        self, x: Tensor, w: _LayerWeights, past: tuple[Tensor, Tensor, Tensor] | None, shape: _StepShape
-    ) -> tuple[Tensor, Tensor]:
-        """The causal convolution module; returns its output and the inputs that the next step needs."""
-        B, T, D = x.shape
-        context = self.config.conv_kernel_size - 1
-        x = F.glu(F.linear(x, *w.pointwise1), -1)
-        x = _masked(x, shape.conv_mask)
-        x = torch.cat([x.new_zeros(B, context, D) if past is None else past[2], x], 1)
-        conv = _newest(x, context, 1, shape)
+    def _convolution(self, x: Tensor, w: _LayerWeights, past: _Past | None, shape: _StepShape) -> Tensor:
+        """The causal convolution module up to its last projection."""
+        B, D = len(shape.frames), x.shape[1]
+        T = len(x) // B
+        x = _masked(F.glu(w.pointwise1(x), -1).view(B, T, D), shape.conv_mask)
+        if past is None:
+            x = F.pad(x, (0, 0, self.config.conv_kernel_size - 1, 0))
+        else:
+            x = torch.cat([past.conv, x], 1, out=past.conv_out)
         kernel, bias = w.depthwise
-        if T == 1:
-            y = (x * kernel).sum(1, keepdim=True)
+        if T <= SHORT_STEP_FRAMES:
+            y = (x.unfold(1, kernel.shape[1], 1) * kernel).sum(-1)
             y = y if bias is None else y + bias
         else:
-            y = F.conv1d(x.transpose(1, 2), kernel.t().unsqueeze(1), bias, groups=D).transpose(1, 2)
-        y = F.silu(_norm(y, w.norms[5]), inplace=not self.training)
-        return self._drop(F.linear(y, *w.pointwise2)), conv
+            y = F.conv1d(x.transpose(1, 2), kernel.unsqueeze(1), bias, groups=D).transpose(1, 2)
+        return F.silu(_norm(y, w.norms[5])).reshape(B * T, D)
 
     # --------------------------------------------------------------------------------------------- positions
 
-    def _projected_positions(self, weights: list[_LayerWeights], x: Tensor, cached: int) -> list[Tensor]:
+    def _projected_positions(self, weights: list[_LayerWeights], like: Tensor, T: int, cached: int) -> list[Tensor]:
         """Per layer ``[H, D/H, cached + 2T - 1]``, from the furthest past to the furthest future position.
 
         They do not depend on the stream: frozen weights keep them, one entry for every step length in use.
         """
-        T = x.shape[1]
-        if self._weights is None:
-            return self._project_positions(weights, x, cached)
-        if (T, cached) not in self._positions:
-            self._positions[T, cached] = self._project_positions(weights, x, cached)
-        return self._positions[T, cached]
-
-    def _project_positions(self, weights: list[_LayerWeights], x: Tensor, cached: int) -> list[Tensor]:
-        T, D, H = x.shape[1], self.config.d_model, self.config.n_heads
-        table = sinusoidal_positions(cached + T - 1, -(T - 1), D).to(x)
-        return [F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous() for w in weights]
+        if self._weights is not None and (T, cached) in self._positions:
+            return self._positions[T, cached]
+        D, H = self.config.d_model, self.config.n_heads
+        table = sinusoidal_positions(cached + T - 1, -(T - 1), D).to(like)
+        projected = [F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous() for w in weights]
+        if self._weights is not None:
+            self._positions[T, cached] = projected
+        return projected
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.dropout == 0.0 or not self.training:
@@ -355,28 +358,34 @@ def _norm(x: Tensor, w: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _relative_shift(x: Tensor) -> Tensor:
-    """Row ``t`` of ``[…, T, N + T - 1]`` moved left by ``T - 1 - t``: scores by distance become scores by key.
+    """Row ``t`` of ``[B, H, T, N + T - 1]`` moved left by ``T - 1 - t``: scores by distance become scores by key.
 
     The same memory read with a row stride that is one shorter (the trick of Transformer-XL, Appendix B,
     without its padding copy).
     """
     B, H, T, W = x.shape
-    x = x.contiguous()
-    return x.as_strided((B, H, T, W - T + 1), (H * T * W, T * W, W - 1, 1), x.storage_offset() + T - 1)
+    return x.as_strided((B, H, T, W - T + 1), (x.stride(0), x.stride(1), W - 1, 1), x.storage_offset() + T - 1)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _newest(x: Tensor, length: int, dim: int, shape: _StepShape, steps_per_frame: int = 1) -> Tensor:
-    """The last ``length`` steps of each row: ``x`` holds ``length`` old ones along ``dim``, then the new ones."""
-    if shape.newest is None:
+def _grown(cache: Tensor, dim: int, steps: int) -> Tensor:
+    """Fresh memory for a cache with so many more steps along ``dim``."""
+    return cache.new_empty([n + steps if d == dim else n for d, n in enumerate(cache.shape)])
+
+
+def _newest(x: Tensor, length: int, dim: int, newest: Tensor | None, *, row_dim: int = 0) -> Tensor:
+    """The last ``length`` steps of each row: ``x`` holds ``length`` old ones along ``dim``, then the new ones.
+
+    ``newest`` (``int64[B, 1]``) says how many of the new ones are real; None: all of them.
+    """
+    if newest is None:
         return x.narrow(dim, x.shape[dim] - length, length)
-    index = shape.newest * steps_per_frame + torch.arange(length, device=x.device)  # [B, length]
-    view = [1] * x.dim()
-    view[0], view[dim] = index.shape
-    size = list(x.shape)
+    index = newest + torch.arange(length, device=x.device)  # [B, length]
+    view, size = [1] * x.dim(), list(x.shape)
+    view[row_dim], view[dim] = index.shape
     size[dim] = length
     return x.gather(dim, index.view(view).expand(size))
 
@@ -419,7 +428,8 @@ class _Subsampling(nn.Module):
             x = _masked(x, masks[i])
             before = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if past is None else past[i]
             x = torch.cat([before, x], 2)
-            caches.append(_newest(x, 1, 2, shape, SUBSAMPLING_FACTOR >> i))
+            per_frame = SUBSAMPLING_FACTOR >> i
+            caches.append(_newest(x, 1, 2, None if shape.newest is None else shape.newest * per_frame))
             # Causal in time: the carried frame stands left. NeMo pads frequency as it pads time, (2, 1).
             x = F.pad(x, (2, 1))
             for module in stage:
@@ -444,30 +454,41 @@ class _Layer(nn.Module):
         self.feed_forward2 = _FeedForward(c)
         self.norm_out = nn.LayerNorm(c.d_model)
 
-    def weights(self) -> _LayerWeights:
-        """The parameters as the step reads them; when frozen, the three projections share one memory."""
+    def weights(self, *, packed: bool) -> _LayerWeights:
+        """The parameters as the step reads them."""
         attention, conv = self.self_attn, self.conv
-        projections = (attention.linear_q, attention.linear_k, attention.linear_v)
-        qkv = torch.cat([p.weight for p in projections])
-        qkv_bias = None if projections[0].bias is None else torch.cat([p.bias for p in projections])
-        if not qkv.requires_grad:
-            for part, module in zip(qkv.chunk(3), projections, strict=True):
-                module.weight.data = part
-        norms = (self.norm_feed_forward1, self.norm_self_att, self.norm_conv, self.norm_feed_forward2, self.norm_out)
-        depthwise = conv.depthwise_conv.weight[:, 0].t().contiguous()
-        return _LayerWeights(
-            norms=tuple((n.weight, n.bias) for n in (*norms, conv.batch_norm)),
-            ff1=self.feed_forward1.weights(),
-            ff2=self.feed_forward2.weights(),
-            qkv=(qkv, qkv_bias),
-            out=(attention.linear_out.weight, attention.linear_out.bias),
-            bias_u=attention.pos_bias_u[:, None],
-            bias_v=attention.pos_bias_v[:, None],
-            pos=attention.linear_pos.weight,
-            pointwise1=(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias),
-            depthwise=(depthwise, conv.depthwise_conv.bias),
-            pointwise2=(conv.pointwise_conv2.weight[:, :, 0], conv.pointwise_conv2.bias),
+        scale = attention.pos_bias_u.shape[1] ** -0.5
+        q, k, v = attention.linear_q, attention.linear_k, attention.linear_v
+        qkv = torch.cat([q.weight * scale, k.weight, v.weight])
+        qkv_bias = None if q.bias is None else torch.cat([q.bias * scale, k.bias, v.bias])
+        norms = (
+            self.norm_feed_forward1,
+            self.norm_self_att,
+            self.norm_conv,
+            self.norm_feed_forward2,
+            self.norm_out,
+            conv.batch_norm,
         )
+        return _LayerWeights(
+            norms=tuple((norm.weight, norm.bias) for norm in norms),
+            ff1=self.feed_forward1.weights(packed=packed),
+            ff2=self.feed_forward2.weights(packed=packed),
+            qkv=Linear(qkv, qkv_bias, packed=packed),
+            out=Linear(attention.linear_out.weight, attention.linear_out.bias, packed=packed),
+            bias_u=attention.pos_bias_u[:, None] * scale,
+            bias_v=attention.pos_bias_v[:, None] * scale,
+            pos=attention.linear_pos.weight,
+            pointwise1=Linear(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias, packed=packed),
+            depthwise=(conv.depthwise_conv.weight[:, 0], conv.depthwise_conv.bias),
+            pointwise2=Linear(conv.pointwise_conv2.weight[:, :, 0], conv.pointwise_conv2.bias, packed=packed),
+        )
+
+    def release(self) -> None:
+        """Gives up the matrices that packed weights stand for."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d) and module is not self.self_attn.linear_pos:
+                if module is not self.conv.depthwise_conv:
+                    module.weight.data = module.weight.data.new_empty(0)
 
 
 class _FeedForward(nn.Module):
@@ -476,8 +497,9 @@ class _FeedForward(nn.Module):
         self.linear1 = nn.Linear(c.d_model, c.d_model * c.ff_expansion_factor, bias=c.use_bias)
         self.linear2 = nn.Linear(c.d_model * c.ff_expansion_factor, c.d_model, bias=c.use_bias)
 
-    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        return self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
+    def weights(self, *, packed: bool) -> tuple[Linear, Linear]:
+        first = Linear(self.linear1.weight, self.linear1.bias, packed=packed)
+        return first, Linear(self.linear2.weight, self.linear2.bias, scale=0.5, packed=packed)
 
 
 class _Attention(nn.Module):
@@ -496,8 +518,6 @@ class _Convolution(nn.Module):
     def __init__(self, c: EncoderConfig) -> None:
         super().__init__()
         self.pointwise_conv1 = nn.Conv1d(c.d_model, 2 * c.d_model, 1, bias=c.use_bias)
-        self.depthwise_conv = nn.Conv1d(
-            c.d_model, c.d_model, c.conv_kernel_size, groups=c.d_model, bias=c.use_bias
-        )
+        self.depthwise_conv = nn.Conv1d(c.d_model, c.d_model, c.conv_kernel_size, groups=c.d_model, bias=c.use_bias)
         self.batch_norm = nn.LayerNorm(c.d_model)  # a layer norm; the name is the published models' one
         self.pointwise_conv2 = nn.Conv1d(c.d_model, c.d_model, 1, bias=c.use_bias)

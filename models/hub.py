@@ -93,9 +93,7 @@ def _copy(paths: list[Path], folder: Path, source: str) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         config = ModelConfig.from_dict({**settings, "source": source})
     except (ValueError, TypeError) as error:
-        raise DragomanError(
-            "unsupported_model", f"{source} is not a model of this engine: {error}"
-        ) from error
+        raise DragomanError("unsupported_model", f"{source} is not a model of this engine: {error}") from error
     file.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -121,9 +119,7 @@ def _explained(error: Exception, name: str, revision: str | None, endpoint: str)
             f"{endpoint} has no model {name}; check the name (owner/name), and set HF_TOKEN if it is private",
         )
     if isinstance(error, HfHubHTTPError):
-        return DragomanError(
-            "hub_unreachable", f"{endpoint} refused {name}: {str(error).splitlines()[0]}; try again"
-        )
+        return DragomanError("hub_unreachable", f"{endpoint} refused {name}: {str(error).splitlines()[0]}; try again")
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return DragomanError(
             "hub_unreachable",

@@ -37,9 +37,7 @@ MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_TEXT_BYTES = 32 * 2**20
 #: NeMo's spellings of "no normalisation"; see ``_check_front_end``.
 _NORMALIZATIONS = ("per_feature", "all_features")
-_GET_ANOTHER = (
-    "choose a cache-aware streaming FastConformer, such as stt_en_fastconformer_hybrid_large_streaming_multi"
-)
+_GET_ANOTHER = "choose a cache-aware streaming FastConformer, such as stt_en_fastconformer_hybrid_large_streaming_multi"
 
 #: Key, NeMo's default when it is absent, values that the front end computes.
 _FRONT_END = (
@@ -102,9 +100,7 @@ def import_nemo(archive: Path, out: Path, *, source: str | None = None) -> Model
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DragomanError("bad_checkpoint", f"{archive} is damaged: {error}; download it again") from error
     origin = source or archive.name
-    config = _model_config(
-        settings, vocab_size=_piece_count(tokenizer, archive), name=archive.stem, source=origin
-    )
+    config = _model_config(settings, vocab_size=_piece_count(tokenizer, archive), name=archive.stem, source=origin)
     tensors = _rename(weights, config)
     try:
         with torch.device("meta"):
@@ -127,9 +123,7 @@ def _open(archive: Path) -> tarfile.TarFile:
             return tarfile.open(archive, mode)
         except (tarfile.ReadError, EOFError):
             continue
-    raise DragomanError(
-        "bad_checkpoint", f"{archive} is not a tar archive, as a .nemo file is; download it again"
-    )
+    raise DragomanError("bad_checkpoint", f"{archive} is not a tar archive, as a .nemo file is; download it again")
 
 
 def _members(tar: tarfile.TarFile, archive: Path) -> dict[str, tarfile.TarInfo]:
@@ -158,9 +152,7 @@ def _read(tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], name: st
         )
     limit = MAX_WEIGHTS_BYTES if name == WEIGHTS_MEMBER else MAX_TEXT_BYTES
     if member.size > limit:
-        raise DragomanError(
-            "bad_checkpoint", f"{archive}: {name} has {member.size} bytes, at most {limit} are read"
-        )
+        raise DragomanError("bad_checkpoint", f"{archive}: {name} has {member.size} bytes, at most {limit} are read")
     stream = tar.extractfile(member)
     assert stream is not None  # _members keeps regular files only
     return stream.read()
@@ -198,9 +190,7 @@ def _tokenizer_member(settings: Mapping[str, Any]) -> str:
     """The name of the SentencePiece model inside the archive."""
     kind = _get(settings, "tokenizer.type")
     if kind != "bpe":
-        raise _unsupported(
-            "tokenizer.type", kind, ("bpe",), "choose a model with one SentencePiece tokenizer"
-        )
+        raise _unsupported("tokenizer.type", kind, ("bpe",), "choose a model with one SentencePiece tokenizer")
     return str(_get(settings, "tokenizer.model_path", "tokenizer.model")).removeprefix("nemo:")
 
 
@@ -210,9 +200,7 @@ def _piece_count(tokenizer: bytes, archive: Path) -> int:
         # The constructor would take an empty model without a word.
         pieces.LoadFromSerializedProto(tokenizer)
     except RuntimeError as error:
-        raise DragomanError(
-            "bad_checkpoint", f"{archive}: its tokenizer is not a SentencePiece model"
-        ) from error
+        raise DragomanError("bad_checkpoint", f"{archive}: its tokenizer is not a SentencePiece model") from error
     count: int = pieces.get_piece_size()
     return count
 
@@ -252,9 +240,7 @@ def _check_front_end(settings: Mapping[str, Any]) -> None:
     _check_all(settings, "preprocessor", _FRONT_END)
 
 
-def _check_all(
-    settings: Mapping[str, Any], section: str, table: tuple[tuple[str, Any, tuple[Any, ...]], ...]
-) -> None:
+def _check_all(settings: Mapping[str, Any], section: str, table: tuple[tuple[str, Any, tuple[Any, ...]], ...]) -> None:
     """Compares a section with what can be computed."""
     for key, default, accepted in table:
         found = _get(settings, f"{section}.{key}", default)
@@ -271,9 +257,7 @@ def _check_class(settings: Mapping[str, Any], section: str, accepted: tuple[str,
 
 def _unsupported(key: str, found: object, accepted: tuple[Any, ...], remedy: str) -> DragomanError:
     needed = " or ".join(str(value) for value in accepted)
-    return DragomanError(
-        "unsupported_model", f"the model's {key} is {found}, this engine needs {needed}; {remedy}"
-    )
+    return DragomanError("unsupported_model", f"the model's {key} is {found}, this engine needs {needed}; {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -332,9 +316,7 @@ def _contexts(settings: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
             "bad_checkpoint", f"the model's encoder.att_context_size is {found!r}, pairs of frames are needed"
         ) from error
     if min(lefts) < 0 or min(rights) < 0:
-        raise _unsupported(
-            "encoder.att_context_size", found, ("a bounded one, such as [70, 13]",), _GET_ANOTHER
-        )
+        raise _unsupported("encoder.att_context_size", found, ("a bounded one, such as [70, 13]",), _GET_ANOTHER)
     if style == "regular" and max(rights) > 0:
         raise _unsupported(
             "encoder.att_context_size",
@@ -343,9 +325,7 @@ def _contexts(settings: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
             _GET_ANOTHER,
         )
     if len(set(lefts)) > 1:
-        raise _unsupported(
-            "encoder.att_context_size", found, ("one left context for all look-aheads",), _GET_ANOTHER
-        )
+        raise _unsupported("encoder.att_context_size", found, ("one left context for all look-aheads",), _GET_ANOTHER)
     return lefts[0], rights
 
 
@@ -399,9 +379,7 @@ def _card(config: ModelConfig, archive: Path) -> str:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     encoder = config.encoder
-    heads = [
-        name for name, there in (("transducer", config.decoder is not None), ("CTC", config.ctc)) if there
-    ]
+    heads = [name for name, there in (("transducer", config.decoder is not None), ("CTC", config.ctc)) if there]
     lookaheads = ", ".join(str(frames * 80) for frames in encoder.lookahead_frames)
     return f"""# {config.name}
 

@@ -47,7 +47,8 @@ class RecognizerNet(nn.Module):
             raise DragomanError(
                 "bad_checkpoint",
                 f"the weights do not fit the config: {len(missing)} tensors are missing"
-                f" ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'});"
+                f" ({', '.join(missing[:3]) or 'none'}),"
+                f" {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'});"
                 " the config.json and the weights must come from one model",
             )
         for name, tensor in own.items():
@@ -123,8 +124,15 @@ class Recognizer:
         return fitting[-1] // FRAME_MS
 
     @classmethod
-    def create(cls, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes,
-               *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+    def create(
+        cls,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        tokenizer: bytes,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """Builds a recogniser from tensors under the published names."""
         net = RecognizerNet(config)
         net.load_checkpoint(weights)

@@ -69,8 +69,8 @@ class Transducer(nn.Module):
             tokens: ``int64[B]``, piece ids; ``vocab_size`` stands for the start of the stream.
             state: The rows before.
         """
-        lstm = self.decoder.prediction["dec_rnn"].lstm
-        x = F.embedding(tokens, self.decoder.prediction["embed"].weight)
+        lstm = self.decoder.prediction.dec_rnn.lstm
+        x = F.embedding(tokens, self.decoder.prediction.embed.weight)
         hidden, cell = [], []
         for layer in range(self.config.pred_layers):
             w_ih, w_hh, b_ih, b_hh = lstm.all_weights[layer]
@@ -97,10 +97,10 @@ class Transducer(nn.Module):
             targets: ``int64[B, U]``, padded with anything in range.
         """
         start = targets.new_full((targets.shape[0], 1), self.config.vocab_size)
-        embedded = F.embedding(torch.cat([start, targets], 1), self.decoder.prediction["embed"].weight)
+        embedded = F.embedding(torch.cat([start, targets], 1), self.decoder.prediction.embed.weight)
         # The blank's row starts every stream and has to stay zero while the rest of the table is trained.
         embedded = torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, 1:]], 1)
-        output, _ = self.decoder.prediction["dec_rnn"].lstm(embedded)
+        output, _ = self.decoder.prediction.dec_rnn.lstm(embedded)
         predicted = self.joint.pred(self.decoder.drop(output))
         return self.logits(self.project(encoded)[:, :, None], predicted[:, None])
 
@@ -111,7 +111,13 @@ class _Predictor(nn.Module):
         self.drop = nn.Dropout(dropout)
         embed = nn.Embedding(c.vocab_size + 1, c.pred_hidden)
         nn.init.zeros_(embed.weight[c.vocab_size])
-        self.prediction = nn.ModuleDict({"embed": embed, "dec_rnn": _Recurrent(c)})
+        self.prediction = _Prediction(embed, _Recurrent(c))
+
+
+class _Prediction(nn.Module):
+    def __init__(self, embed: nn.Embedding, dec_rnn: _Recurrent) -> None:
+        super().__init__()
+        self.embed, self.dec_rnn = embed, dec_rnn
 
 
 class _Recurrent(nn.Module):
@@ -126,9 +132,7 @@ class _Joint(nn.Module):
         self.enc = nn.Linear(d_model, c.joint_hidden)
         self.pred = nn.Linear(c.pred_hidden, c.joint_hidden)
         # Three entries so that the output layer is named joint_net.2, as in the published models.
-        self.joint_net = nn.Sequential(
-            nn.ReLU(), nn.Dropout(dropout), nn.Linear(c.joint_hidden, c.vocab_size + 1)
-        )
+        self.joint_net = nn.Sequential(nn.ReLU(), nn.Dropout(dropout), nn.Linear(c.joint_hidden, c.vocab_size + 1))
 
 
 class CtcHead(nn.Module):

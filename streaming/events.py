@@ -181,7 +181,5 @@ def parse_event(text: str | bytes) -> Event:
 
 def _parse_transcript_delta(data: dict[str, Any]) -> TranscriptDelta:
     keys = ("seq", "delta", "start_ms", "end_ms", "emitted_ms", "segment", "endpoint")
-    words = tuple(
-        Word(word["word"], word["start_ms"], word["end_ms"], word["confidence"]) for word in data["words"]
-    )
+    words = tuple(Word(word["word"], word["start_ms"], word["end_ms"], word["confidence"]) for word in data["words"])
     return TranscriptDelta(**{key: data[key] for key in keys}, words=words)

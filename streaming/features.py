@@ -61,9 +61,7 @@ class FrontEnd:
         """The state of a stream that has not begun."""
         return FeatureState(np.zeros(GROUP_LEAD_SAMPLES, np.float32), np.float32(0), 0, 0)
 
-    def step(
-        self, samples: np.ndarray, state: FeatureState, *, last: bool = False
-    ) -> tuple[Tensor, int, FeatureState]:
+    def step(self, samples: np.ndarray, state: FeatureState, *, last: bool = False) -> tuple[Tensor, int, FeatureState]:
         """Makes every group that the samples so far complete.
 
         Args:

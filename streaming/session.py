@@ -110,9 +110,7 @@ class Session:
 
     def flush(self) -> list[Event]:
         """Decides all words so far as if the audio ended here; the stream goes on as if it had not."""
-        fork = copy.copy(self)
-        fork._events, fork._fresh, fork._closed = (), (), True
-        fork._pad()
+        fork = self._ended_copy()
         while fork.ready():
             tick([fork])
         guard = FlushGuard(
@@ -150,6 +148,7 @@ class Session:
             self._take(self._audio.finish(), last=False)
         except DragomanError as error:  # half a sample at the end must not cost the words before it
             self._emit(ErrorEvent(self._next_seq(), error.code, str(error)))
+            self._take(self._audio.tail(), last=False)
         self._pad()
 
     def ready(self, max_chunks: int = 1) -> bool:
@@ -168,6 +167,14 @@ class Session:
         self._encoder = self._encoder.extended(groups, slots, ended=last)
         self._recent = np.concatenate([self._recent, samples])
         self._audio_samples += len(samples)
+
+    def _ended_copy(self) -> Session:
+        """This session as if its audio ended here; nothing that it does is seen by this one."""
+        fork = copy.copy(self)
+        fork._events, fork._fresh, fork._closed = (), (), True
+        fork._take(self._audio.tail(), last=False)
+        fork._pad()
+        return fork
 
     def _pad(self) -> None:
         """Ends the features, with so much silence after the audio that the last word is emitted."""
@@ -278,6 +285,7 @@ def _search(recognizer: Recognizer, decoder: str) -> Search:
     if not has.get(decoder, False):
         heads = " and ".join(name for name, there in has.items() if there)
         raise DragomanError(
-            "unsupported_decoder", f"model {recognizer.name!r} has no {decoder!r} head; it decodes with {heads}"
+            "unsupported_decoder",
+            f"model {recognizer.name!r} has no {decoder!r} head; it decodes with {heads}",
         )
     return TransducerSearch(recognizer.net) if decoder == "rnnt" else CtcSearch(recognizer.net)

@@ -121,9 +121,7 @@ class WordAssembler:
         state = replace(state, words=state.words + 1, segment_words=state.segment_words + 1)
         return [EmittedWord(space + text, word)], state
 
-    def at_endpoint(
-        self, end_frame: int, state: TextState, is_silent: Callable[[], bool]
-    ) -> tuple[bool, TextState]:
+    def at_endpoint(self, end_frame: int, state: TextState, is_silent: Callable[[], bool]) -> tuple[bool, TextState]:
         """Whether the segment ends with the frames before ``end_frame``.
 
         Args:

@@ -83,9 +83,7 @@ class TransducerSearch:
         return DecoderState([0] * batch, self._net.init_state(batch), [self._blank] * batch)
 
     @torch.no_grad()
-    def step(
-        self, encoded: Tensor, lengths: list[int], state: DecoderState
-    ) -> tuple[list[list[Token]], DecoderState]:
+    def step(self, encoded: Tensor, lengths: list[int], state: DecoderState) -> tuple[list[list[Token]], DecoderState]:
         """Decodes the next frames of each row.
 
         Args:
@@ -163,9 +161,7 @@ class CtcSearch:
         return DecoderState([0] * batch, None, [self._blank] * batch)
 
     @torch.no_grad()
-    def step(
-        self, encoded: Tensor, lengths: list[int], state: DecoderState
-    ) -> tuple[list[list[Token]], DecoderState]:
+    def step(self, encoded: Tensor, lengths: list[int], state: DecoderState) -> tuple[list[list[Token]], DecoderState]:
         """Decodes the next frames of each row; arguments and result as in :meth:`TransducerSearch.step`."""
         probabilities, best = self._head(encoded).float().softmax(-1).max(-1)
         tokens: list[list[Token]] = []

@@ -34,9 +34,7 @@ runner = CliRunner()
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random model."""
     folder = tmp_path_factory.mktemp("model")
-    save_checkpoint(
-        folder, tiny.config(), tiny.net().checkpoint(), tiny.tokenizer(), "A model of random weights.\n"
-    )
+    save_checkpoint(folder, tiny.config(), tiny.net().checkpoint(), tiny.tokenizer(), "A model of random weights.\n")
     return folder
 
 
@@ -191,9 +189,7 @@ def service(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.communicate()
 
 
-def test_serve_and_live_as_programs(
-    service: tuple[subprocess.Popen[str], str], model: Path, tmp_path: Path
-) -> None:
+def test_serve_and_live_as_programs(service: tuple[subprocess.Popen[str], str], model: Path, tmp_path: Path) -> None:
     process, url = service
     samples = np.round(sound(5) * 32_767).astype("<i2")
     soundfile.write(tmp_path / "a.wav", samples, 16_000)
@@ -212,6 +208,8 @@ def test_serve_and_live_as_programs(
     assert re.fullmatch(r"dragoman: [^\n]*address already in use[^\n]*\n", second.stderr)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
+    missing = subprocess.run([*run, "live", "missing.wav"], cwd=ROOT, capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (2, "dragoman: missing.wav: there is no such file\n")
     gone = subprocess.run(live, cwd=ROOT, capture_output=True, text=True)
     assert gone.returncode == 2
     assert re.fullmatch(r"dragoman: no service answers at [^\n]*\n", gone.stderr)

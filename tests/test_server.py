@@ -240,9 +240,7 @@ async def test_a_failing_step_does_not_end_the_service(monkeypatch: pytest.Monke
 def get(url: str, **headers: str) -> tuple[int, str]:
     """A plain HTTP request."""
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url.replace("ws:", "http:"), headers=headers)
-        ) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url.replace("ws:", "http:"), headers=headers)) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:

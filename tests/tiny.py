@@ -43,12 +43,10 @@ def net(shape: ModelConfig | None = None, seed: int = 0) -> RecognizerNet:
     net = RecognizerNet(shape or config())
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.add_(
-                0.05 * torch.randn_like(parameter)
-            )
+            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.add_(0.05 * torch.randn_like(parameter))
         net.transducer.joint.joint_net[2].bias[PIECES] += 2.0
         net.ctc_decoder.decoder_layers[0].bias[PIECES] += 1.0
-        net.transducer.decoder.prediction["embed"].weight[PIECES] = 0
+        net.transducer.decoder.prediction.embed.weight[PIECES] = 0
     return net
 
 

@@ -147,9 +147,7 @@ def test_an_output_folder_that_cannot_be(wav: Callable[..., str], tmp_path: Path
     assert re.fullmatch(r"dragoman: .*\n", result.stderr)
 
 
-def test_a_model_that_is_not_there(
-    wav: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_is_not_there(wav: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     result = transcribe(wav("a.wav", 0.2), "--model", str(tmp_path))
     assert result.exit_code == 2
@@ -181,9 +179,7 @@ PROGRAM = (
 )
 
 
-def start(
-    *arguments: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
-) -> subprocess.Popen[bytes]:
+def start(*arguments: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", PROGRAM, *arguments]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60"}
     return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, env=environment)

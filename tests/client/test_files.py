@@ -101,9 +101,7 @@ def test_formats(
     assert_sounds_like_levels(samples, rate_hz)
 
 
-@pytest.mark.parametrize(
-    "subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"]
-)
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"])
 @pytest.mark.parametrize("piped", [False, True])
 def test_sample_types_have_the_same_scale(subtype: str, piped: bool, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", tone(LEVELS, 8_000), 8_000, subtype=subtype)
@@ -217,9 +215,7 @@ def test_an_mp3_without_a_stated_length_is_not_called_cut_off(tmp_path: Path) ->
 
 def test_a_playlist_does_not_open_what_it_names(tmp_path: Path) -> None:
     by_soundfile(tmp_path / "secret.wav", tone(LEVELS), 16_000)
-    (tmp_path / "list.m3u8").write_text(
-        "#EXTM3U\n#EXTINF:2,\nhttp://127.0.0.1:9/secret.wav\n#EXT-X-ENDLIST\n"
-    )
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:2,\nhttp://127.0.0.1:9/secret.wav\n#EXT-X-ENDLIST\n")
     assert error(tmp_path / "list.m3u8").code in ("not_audio", "audio_empty")
 
 

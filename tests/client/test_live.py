@@ -42,9 +42,7 @@ async def live(url: str, source: AudioFile, kind: str = "txt", **arguments: Any)
     await stream(source, url, make_writer(OutputFormat(kind), "a.wav"), **arguments)
 
 
-async def test_words_come_back(
-    recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_words_come_back(recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]) -> None:
     async with running_service() as url:
         await live(url, recording())
         await live(url, recording(rate_hz=48_000, name="b.flac"))
@@ -60,10 +58,8 @@ async def test_json_lines(recording: Callable[..., AudioFile], capsys: pytest.Ca
     assert {event["file"] for event in events} == {"a.wav"}
 
 
-@pytest.mark.parametrize(("pace", "least_s", "most_s"), [(4.0, 0.3, 1.5), (1.0, 1.2, 2.0)])
-async def test_the_pace(
-    pace: float, least_s: float, most_s: float, recording: Callable[..., AudioFile]
-) -> None:
+@pytest.mark.parametrize(("pace", "least_s", "most_s"), [(4.0, 0.3, 1.1), (1.0, 1.2, 5.0)])
+async def test_the_pace(pace: float, least_s: float, most_s: float, recording: Callable[..., AudioFile]) -> None:
     async with running_service() as url:
         started_s = time.monotonic()
         await live(url, recording(), pace=pace)
@@ -75,9 +71,9 @@ async def test_ctrl_c_ends_the_audio_and_waits_for_the_last_words(
 ) -> None:
     async with running_service() as url:
         asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGINT)
-        await live(url, recording([0.2] * 100), pace=1.0)
+        await live(url, recording([0.2] * 100), pace=4.0)
     words = capsys.readouterr().out.split()
-    assert 1 < len(words) < 10
+    assert 1 <= len(words) < 50
     assert set(words) == {"w20"}
 
 
@@ -92,25 +88,24 @@ async def test_what_can_go_wrong_with_the_service(recording: Callable[..., Audio
     assert "dragoman serve" in str(await failure("ws://127.0.0.1:9", recording()))
     assert "not the service" in str(await failure("http://127.0.0.1:9", recording()))
     async with running_service(max_sessions=1, token="sesame") as url:
-        assert "there is no /v1/realtime here" in str(
-            await failure(url.replace("/translations", ""), recording())
-        )
+        assert "there is no /v1/realtime here" in str(await failure(url.replace("/translations", ""), recording()))
         assert "token" in str(await failure(url, recording()))
         await live(url, recording(), token="sesame")
     async with running_service() as url:
         assert (await failure(url, recording(), session={"colour": "red"})).code == "unknown_field"
 
 
-async def test_a_service_that_goes_away(recording: Callable[..., AudioFile]) -> None:
-    async with running_service() as url:
-        talk = asyncio.create_task(failure(url, recording([0.2] * 100), pace=1.0))
-        await asyncio.sleep(0.5)
-    assert (await talk).code == "server_shutdown"
-
-
-async def test_a_connection_that_breaks(
-    recording: Callable[..., AudioFile], monkeypatch: pytest.MonkeyPatch
+async def test_a_service_that_goes_away(
+    recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    async with running_service() as url:
+        talk = asyncio.create_task(failure(url, recording([0.2] * 100), pace=4.0))
+        await asyncio.sleep(1)
+    assert (await talk).code == "server_shutdown"
+    assert capsys.readouterr().out.endswith("w20\n")
+
+
+async def test_a_connection_that_breaks(recording: Callable[..., AudioFile], monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang_up(self: server.Service, connection: ServerConnection) -> None:
         connection.transport.abort()
 

@@ -76,9 +76,7 @@ def test_a_word_longer_than_a_line_is_kept_whole() -> None:
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Z"]), min_size=1, max_size=15)
 # Gaps may be negative and words empty of time: a recogniser that errs must not make a broken file.
 deltas = st.lists(
-    st.tuples(
-        st.lists(st.tuples(texts, st.integers(-100, 3000), st.integers(0, 2000)), max_size=5), st.booleans()
-    ),
+    st.tuples(st.lists(st.tuples(texts, st.integers(-100, 3000), st.integers(0, 2000)), max_size=5), st.booleans()),
     max_size=15,
 )
 
@@ -123,9 +121,7 @@ def test_srt_and_vtt_are_read_back_by_others(raw: list[tuple[list[tuple[str, int
 
 def write(output_format: OutputFormat, made: list[TranscriptDelta]) -> str:
     writer = make_writer(output_format, "a.wav")
-    return "".join(
-        [*(writer.push([one]) for one in made), writer.push([SessionClosed(9, 9)]), writer.finish()]
-    )
+    return "".join([*(writer.push([one]) for one in made), writer.push([SessionClosed(9, 9)]), writer.finish()])
 
 
 def milliseconds(clock: str) -> int:
@@ -139,8 +135,7 @@ def test_the_text_of_both_formats() -> None:
         "1\n00:00:00,000 --> 00:00:01,500\na<b>&c\n\n2\n01:02:03,004 --> 01:02:05,000\n->\n\n"
     )
     assert write(OutputFormat.VTT, made) == (
-        "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\na&lt;b&gt;&amp;c\n\n"
-        "01:02:03.004 --> 01:02:05.000\n--&gt;\n\n"
+        "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\na&lt;b&gt;&amp;c\n\n01:02:03.004 --> 01:02:05.000\n--&gt;\n\n"
     )
 
 

@@ -96,9 +96,7 @@ def settings(kind: str) -> dict[str, Any]:
 
 def weights(kind: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    tensors = {
-        name: torch.randn_like(t) for name, t in RecognizerNet(model_config(kind)).checkpoint().items()
-    }
+    tensors = {name: torch.randn_like(t) for name, t in RecognizerNet(model_config(kind)).checkpoint().items()}
     if kind == "ctc":
         tensors = {name.removeprefix("ctc_"): tensor for name, tensor in tensors.items()}
     return tensors | {"preprocessor.featurizer.window": torch.ones(400)}

@@ -204,9 +204,7 @@ def test_bad_members_are_refused(name: str, data: bytes, said: str, tmp_path: Pa
     with pytest.raises(DragomanError) as caught:
         import_nemo(archive, tmp_path / "out")
 
-    assert (
-        caught.value.code == "bad_checkpoint" and said in str(caught.value) and "m.nemo" in str(caught.value)
-    )
+    assert caught.value.code == "bad_checkpoint" and said in str(caught.value) and "m.nemo" in str(caught.value)
 
 
 def test_a_pickle_cannot_run_anything(tmp_path: Path) -> None:

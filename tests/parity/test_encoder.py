@@ -34,9 +34,7 @@ def in_slots(mel: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(mel, (LEADING_SLOTS, tail)).transpose(1, 2), slots
 
 
-@pytest.mark.parametrize(
-    "models", ["hybrid_large", "medium", "nemotron4", "nemotron4_unscaled"], indirect=True
-)
+@pytest.mark.parametrize("models", ["hybrid_large", "medium", "nemotron4", "nemotron4_unscaled"], indirect=True)
 @pytest.mark.parametrize("lookahead", [0, 1, 6, 13])
 def test_whole_files(models: tuple[NemoReference, Recognizer], lookahead: int) -> None:
     reference, recognizer = models
@@ -56,18 +54,13 @@ def test_whole_files(models: tuple[NemoReference, Recognizer], lookahead: int) -
 def test_step_by_step(models: tuple[NemoReference, Recognizer], lookahead: int) -> None:
     reference, recognizer = models
     mel = log_mel_like(reference.shape.mel_bins)
-    theirs = [
-        reference.encode_streaming(mel[i : i + 1, :, :frames], lookahead)[0]
-        for i, frames in enumerate(LENGTHS)
-    ]
+    theirs = [reference.encode_streaming(mel[i : i + 1, :, :frames], lookahead)[0] for i, frames in enumerate(LENGTHS)]
     mine, slots = in_slots(mel)
     encoder = recognizer.net.encoder
     streams = [
         EncoderStream(
             state=encoder.init_state(1),
-            groups=row[: -(-count // SUBSAMPLING_FACTOR) * SUBSAMPLING_FACTOR].unflatten(
-                0, (-1, SUBSAMPLING_FACTOR)
-            ),
+            groups=row[: -(-count // SUBSAMPLING_FACTOR) * SUBSAMPLING_FACTOR].unflatten(0, (-1, SUBSAMPLING_FACTOR)),
             slots=count,
             lookahead_frames=lookahead,
             ended=True,

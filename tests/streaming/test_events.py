@@ -57,9 +57,7 @@ def test_unknown_fields_of_a_newer_server_are_passed_over() -> None:
     assert parse_event(json.dumps({**event.to_dict(), "new": 1})) == event
 
 
-@pytest.mark.parametrize(
-    "text", ["", "nonsense", "[]", "{}", '{"type": "session.closed"}', '{"type": "other"}']
-)
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", "{}", '{"type": "session.closed"}', '{"type": "other"}'])
 def test_what_is_no_event_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         parse_event(text)

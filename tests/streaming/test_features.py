@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from models.config import FeatureConfig
 from streaming.features import FrontEnd, slaney_filters
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta
 from streaming.session import Session, SessionConfig, tick
+from tests import tiny
 
 LOOKAHEADS_MS = [0, 80, 240, 480]
 

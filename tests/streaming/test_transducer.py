@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from models.recognizer import RecognizerNet
 from streaming.transducer import CtcSearch, DecoderState, TransducerSearch
-from torch import Tensor
+from tests import tiny
 
 
 def plain_loop(net: RecognizerNet, encoded: Tensor) -> list[tuple[int, int]]:
@@ -17,8 +18,8 @@ def plain_loop(net: RecognizerNet, encoded: Tensor) -> list[tuple[int, int]]:
     prediction = net.transducer.decoder.prediction
     for t, frame in enumerate(net.transducer.joint.enc(encoded)):
         for _ in range(net.transducer.config.max_symbols_per_frame):
-            embedded = prediction["embed"](torch.tensor([history]))
-            output, _ = prediction["dec_rnn"].lstm(embedded)
+            embedded = prediction.embed(torch.tensor([history]))
+            output, _ = prediction.dec_rnn.lstm(embedded)
             predicted = net.transducer.joint.pred(output[0, -1])
             piece = int(net.transducer.joint.joint_net(frame + predicted).argmax())
             if piece == blank:
@@ -33,7 +34,11 @@ def net_of(seed: int, pred_layers: int) -> RecognizerNet:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 20), lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4), layers=st.integers(1, 2))
+@given(
+    seed=st.integers(0, 20),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    layers=st.integers(1, 2),
+)
 def test_transducer_equals_plain_loop(seed: int, lengths: list[int], layers: int) -> None:
     net = net_of(seed, layers)
     encoded = torch.randn(len(lengths), max(lengths), 32, generator=torch.Generator().manual_seed(seed)) * 2

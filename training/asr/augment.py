@@ -49,9 +49,7 @@ def _power(samples: Samples) -> float:
 def _fft_length(n: int) -> int:
     """The smallest length of at least n with small prime factors: FFTs of prime lengths are far slower."""
     step = 1 << max(0, n.bit_length() - 5)
-    return next(
-        m * step for m in (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18, 20, 24, 27, 30, 32) if m * step >= n
-    )
+    return next(m * step for m in (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 18, 20, 24, 27, 30, 32) if m * step >= n)
 
 
 def speed_perturb(samples: Samples, factor: float) -> Samples:
@@ -66,9 +64,7 @@ def speed_perturb(samples: Samples, factor: float) -> Samples:
     """
     if factor == 1.0 or samples.size == 0:
         return samples
-    return np.asarray(
-        soxr.resample(samples, SAMPLE_RATE_HZ * factor, SAMPLE_RATE_HZ, quality="LQ"), dtype=np.float32
-    )
+    return np.asarray(soxr.resample(samples, SAMPLE_RATE_HZ * factor, SAMPLE_RATE_HZ, quality="LQ"), dtype=np.float32)
 
 
 def add_noise(samples: Samples, noise: Samples, snr_db: float) -> Samples:
@@ -80,9 +76,7 @@ def add_noise(samples: Samples, noise: Samples, snr_db: float) -> Samples:
         snr_db: Ratio in dB. A silent recording or noise leaves the recording as it is.
     """
     if samples.shape != noise.shape:
-        raise ValueError(
-            f"noise of {noise.shape} samples for a recording of {samples.shape}: cut or repeat it first"
-        )
+        raise ValueError(f"noise of {noise.shape} samples for a recording of {samples.shape}: cut or repeat it first")
     signal_power, noise_power = _power(samples), _power(noise)
     if signal_power < 1e-12 or noise_power < 1e-12:
         return samples
@@ -258,9 +252,7 @@ class Augmenter:
                 start = int(np.abs(samples).argmax())
                 self._rooms.append(samples[start : start + int(_MAX_ROOM_S * SAMPLE_RATE_HZ)])
             else:
-                raise ValueError(
-                    f"{noise_manifest}: kind {record['kind']!r} is neither 'noise' nor 'impulse_response'"
-                )
+                raise ValueError(f"{noise_manifest}: kind {record['kind']!r} is neither 'noise' nor 'impulse_response'")
 
     def _room(self, rng: np.random.Generator) -> Samples:
         if not self._rooms or rng.random() < self.config.simulated_share:

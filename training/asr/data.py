@@ -94,6 +94,7 @@ class TrainingBatches(IterableDataset[Batch]):
         augmenter: Applied to every utterance, or None.
         batch_s: Padded seconds of audio in a batch, at most.
         seed: Start of the stream; another seed gives another order.
+        altered_share: Share of the utterances that the augmenter sees.
         pool: Utterances that are drawn and sorted together.
     """
 
@@ -106,10 +107,12 @@ class TrainingBatches(IterableDataset[Batch]):
         *,
         batch_s: float,
         seed: int,
+        altered_share: float = 1.0,
         pool: int = 400,
     ) -> None:
         self._entries, self._tokenizer, self._augmenter = entries, tokenizer, augmenter
         self._features, self._batch_s, self._seed, self._pool = features, batch_s, seed, pool
+        self._altered_share = altered_share
 
     def __iter__(self) -> Iterator[Batch]:
         rng = np.random.default_rng(self._seed)
@@ -148,7 +151,7 @@ class TrainingBatches(IterableDataset[Batch]):
     ) -> Batch:
         audio = [store[entry] for entry in entries]
         if self._augmenter is not None:
-            audio = [self._augmenter(samples, rng) for samples in audio]
+            audio = [self._augmenter(x, rng) if rng.random() < self._altered_share else x for x in audio]
         targets = [pieces.encode(entry.text) for entry in entries]
         return collate(audio, targets, front_end)
 

@@ -109,9 +109,7 @@ class Kokoro:
             path.stem: np.fromfile(path, np.float32).reshape(-1, 256) for path in sorted(styles.glob("*.bin"))
         }
         if not self._styles:
-            raise ValueError(
-                f"0 styles in {styles}: name the folder `voices` of npm's kokoro-js with --styles"
-            )
+            raise ValueError(f"0 styles in {styles}: name the folder `voices` of npm's kokoro-js with --styles")
         trained = [name for name in self._styles if name not in _HELD_OUT]
         self._english = [name for name in trained if name[0] in "ab"]
         self._foreign = [name for name in trained if name[0] not in "ab"]
@@ -120,9 +118,7 @@ class Kokoro:
         options = onnxruntime.SessionOptions()
         # Utterances run side by side on threads of their own.
         options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(
-            str(model_path()), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnxruntime.InferenceSession(str(model_path()), options, providers=["CPUExecutionProvider"])
 
     def draw(self, rng: np.random.Generator, name: str | None = None) -> Voice:
         """See `training.asr.voices.Engine.draw`; half are English, the rest mixes and foreign speakers."""

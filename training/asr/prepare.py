@@ -130,9 +130,7 @@ def _pack_source(
         offset_samples += len(samples)
 
 
-def pack(
-    manifests: Sequence[Path], out: Path, weights: Mapping[str, float] | None = None
-) -> dict[str, SourceSummary]:
+def pack(manifests: Sequence[Path], out: Path, weights: Mapping[str, float] | None = None) -> dict[str, SourceSummary]:
     """Packs manifests into ``audio.i16`` and ``index.jsonl``.
 
     Args:
@@ -180,9 +178,7 @@ def _table(summaries: Mapping[str, SourceSummary], weights: Mapping[str, float])
             dropped,
         )
     total_h = sum(summary.seconds for summary in summaries.values()) / 3600
-    table.add_row(
-        "total", f"{total_h:.2f}", str(sum(summary.utterances for summary in summaries.values())), "", "", ""
-    )
+    table.add_row("total", f"{total_h:.2f}", str(sum(summary.utterances for summary in summaries.values())), "", "", "")
     return table
 
 
@@ -206,9 +202,7 @@ app = typer.Typer(add_completion=False)
 def main(
     manifest: Annotated[list[Path], typer.Option(help="Manifest to pack; give as often as there are.")],
     out: Annotated[Path, typer.Option(help="Folder for audio.i16 and index.jsonl.")],
-    weight: Annotated[
-        list[str] | None, typer.Option(help="Weight of one manifest, NAME=NUMBER (default 1).")
-    ] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="Weight of one manifest, NAME=NUMBER (default 1).")] = None,
 ) -> None:
     """Packs speech manifests for training."""
     weights = _parse_weights(weight or [])

@@ -134,9 +134,7 @@ def _speak(engine: Engine, task: _Task) -> Samples | None:
         return None
 
 
-def _speak_all(
-    engine: Engine, tasks: Iterator[_Task], workers: int
-) -> Iterator[tuple[_Task, Samples | None]]:
+def _speak_all(engine: Engine, tasks: Iterator[_Task], workers: int) -> Iterator[tuple[_Task, Samples | None]]:
     """Speaks the tasks with some threads and yields them in order; few are in flight at any time."""
     with ThreadPoolExecutor(workers) as pool:
         window: deque[tuple[_Task, Future[Samples | None]]] = deque()
@@ -169,9 +167,7 @@ def _resume(manifest: Path) -> tuple[int, float]:
     return following, sum(float(record["duration_s"]) for record in records)
 
 
-def _write(
-    out: Path, manifest: Path, engine: Engine, task: _Task, samples: Samples, text_licence: str
-) -> float:
+def _write(out: Path, manifest: Path, engine: Engine, task: _Task, samples: Samples, text_licence: str) -> float:
     """Writes one utterance and its manifest line; returns its seconds."""
     audio = Path(manifest.stem) / f"{task.index:06d}.flac"
     soundfile.write(out / audio, samples, SAMPLE_RATE_HZ, subtype="PCM_16")
@@ -220,9 +216,7 @@ def synthesize(
         ValueError: If there is no sentence to speak.
     """
     if not sentences:
-        raise ValueError(
-            "0 usable sentences: give --pairs files with English text that the excluded files do not hold"
-        )
+        raise ValueError("0 usable sentences: give --pairs files with English text that the excluded files do not hold")
     manifest = out / f"{name or engine.name}.jsonl"
     (out / manifest.stem).mkdir(parents=True, exist_ok=True)
     done, seconds = _resume(manifest)
@@ -238,9 +232,7 @@ def synthesize(
     return seconds / 3600
 
 
-def synthesize_held_out(
-    sentences: Sequence[str], engines: Sequence[Engine], out: Path, *, seed: int = 0
-) -> int:
+def synthesize_held_out(sentences: Sequence[str], engines: Sequence[Engine], out: Path, *, seed: int = 0) -> int:
     """Speaks sentences with the voices that training never hears: 40 utterances a voice.
 
     Args:
@@ -283,9 +275,7 @@ def make_engine(name: str, styles: Path | None = None) -> Engine:
 
         return Kokoro(styles)
     raise ValueError(
-        "kokoro needs --styles"
-        if name == "kokoro"
-        else f"unknown engine {name!r}: choose flite, espeak or kokoro"
+        "kokoro needs --styles" if name == "kokoro" else f"unknown engine {name!r}: choose flite, espeak or kokoro"
     )
 
 
@@ -300,9 +290,7 @@ def main(
     ] = [],  # noqa: B006
     exclude: Annotated[list[Path], typer.Option(help="File whose sentences must not be spoken.")] = [],  # noqa: B006
     engine: Annotated[str, typer.Option(help="flite, espeak or kokoro.")] = "flite",
-    styles: Annotated[
-        Path | None, typer.Option(help="Folder of Kokoro styles: `voices` of npm's kokoro-js.")
-    ] = None,
+    styles: Annotated[Path | None, typer.Option(help="Folder of Kokoro styles: `voices` of npm's kokoro-js.")] = None,
     hours: Annotated[float, typer.Option(help="Hours of audio wanted, with what is there.")] = 1.0,
     max_minutes: Annotated[float, typer.Option(help="Minutes of wall clock to stop after.")] = float("inf"),
     seed: Annotated[int, typer.Option(help="Seed of texts and voices.")] = 0,
@@ -316,9 +304,7 @@ def main(
     """Speaks sentences with public synthetic voices into FLAC files and a manifest."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if held_out is not None:
-        count = synthesize_held_out(
-            usable_sentences([held_out], exclude), [Flite(), Espeak()], out, seed=seed
-        )
+        count = synthesize_held_out(usable_sentences([held_out], exclude), [Flite(), Espeak()], out, seed=seed)
         typer.echo(f"{count} utterances of held-out voices in {out}")
         return
     try:

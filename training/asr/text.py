@@ -50,9 +50,7 @@ _UNIFY = str.maketrans(
     }
 )
 # Letters that have no decomposition into a base letter and an accent.
-_LETTERS = str.maketrans(
-    {"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"}
-)
+_LETTERS = str.maketrans({"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
 _ABBREVIATIONS = {
     "mr": "mister",
     "mrs": "missus",
@@ -116,9 +114,7 @@ def _spell_amount(match: re.Match[str]) -> str:
     if len(fraction) != 2:
         return f"{match[2]} {_plural(unit, match[2])}"
     spelled = f"{whole} {_plural(unit, whole)}"
-    return (
-        spelled if fraction == "00" else f"{spelled} and {int(fraction)} {_plural(cent, str(int(fraction)))}"
-    )
+    return spelled if fraction == "00" else f"{spelled} and {int(fraction)} {_plural(cent, str(int(fraction)))}"
 
 
 def _spell_clock(match: re.Match[str]) -> str:
@@ -131,6 +127,10 @@ def _spell_clock(match: re.Match[str]) -> str:
 def _spell_decade(match: re.Match[str]) -> str:
     words = _cardinal(match[1])
     return f" {words[:-1]}ies" if words.endswith("y") else f" {words}s"
+
+
+def _strip_accents(text: str) -> str:
+    return "".join(char for char in unicodedata.normalize("NFD", text) if not unicodedata.combining(char))
 
 
 def spell_out(text: str) -> str:
@@ -177,9 +177,10 @@ def normalize_transcript(text: str) -> str | None:
         Words of a-z and inner apostrophes with one space between them, or None where nothing is left to speak
         or where something is left that has no one reading (``and/or``, emoji, other scripts).
     """
-    text = _INITIALS.sub(lambda match: " ".join(match[0].replace(".", "")) + " ", spell_out(text))
-    decomposed = unicodedata.normalize("NFKD", text.lower().translate(_LETTERS))
-    text = "".join(char for char in decomposed if not unicodedata.combining(char))
+    # Accents go first and last: an accented "OK" is an abbreviation too, and lower case brings new accents ("İ").
+    text = spell_out(_strip_accents(text))
+    text = _INITIALS.sub(lambda match: " ".join(match[0].replace(".", "")) + " ", text)
+    text = _strip_accents(unicodedata.normalize("NFKC", text.lower().translate(_LETTERS)))
     text = _STRAY_APOSTROPHE.sub(" ", _PUNCTUATION.sub(" ", text))
     text = " ".join(text.split())
     return text if _TRANSCRIPT.fullmatch(text) else None

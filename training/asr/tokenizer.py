@@ -1,6 +1,6 @@
 """Trains the recogniser's SentencePiece model on normalised transcripts.
 
-    python -m training.asr.tokenizer --pairs tatoeba.en-de.train.tsv.xz --pieces 256 --out tokenizer.model
+python -m training.asr.tokenizer --pairs tatoeba.en-de.train.tsv.xz --pieces 256 --out tokenizer.model
 """
 
 from __future__ import annotations

@@ -54,28 +54,30 @@ class Recipe:
             over the utterance's louder part.
         rnnt_from_step: The transducer loss joins here; before, CTC alone shapes the encoder.
         ctc_weight: Share of the CTC loss once both are there.
+        altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
         freq_masks, freq_width: SpecAugment in mel bins (Park et al. 2019).
         time_masks, time_share: SpecAugment in time, each at most this share of the utterance.
     """
 
     seed: int = 1
-    batch_s: float = 64.0
+    batch_s: float = 44.0
     peak_lr: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 1e-2
     clip_norm: float = 1.0
     dropout: float = 0.0
     ema: float = 0.997
-    easy_steps: int = 1000
+    easy_steps: int = 1800
     easy_s: float = 2.6
     easy_batch_s: float = 40.0
     flat_steps: int = 250
-    rnnt_from_step: int = 1600
+    rnnt_from_step: int = 2600
     ctc_weight: float = 0.3
-    freq_masks: int = 2
-    freq_width: int = 20
-    time_masks: int = 2
-    time_share: float = 0.06
+    altered_share: float = 0.4
+    freq_masks: int = 1
+    freq_width: int = 16
+    time_masks: int = 1
+    time_share: float = 0.05
 
 
 def first_model_config() -> ModelConfig:
@@ -129,7 +131,7 @@ class Trainer:
         if "rnnt" in losses:
             total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
         if torch.isfinite(norm):  # a step that overflowed is dropped, not averaged in
             self.optimizer.step()
@@ -151,9 +153,7 @@ class Trainer:
         assert net.ctc_decoder is not None and net.transducer is not None
         scores = net.ctc_decoder(encoded).float().log_softmax(-1).transpose(0, 1)
         blank = net.config.vocab_size
-        ctc = (
-            F.ctc_loss(scores, targets, frames, lengths, blank, reduction="sum", zero_infinity=True) / pieces
-        )
+        ctc = F.ctc_loss(scores, targets, frames, lengths, blank, reduction="sum", zero_infinity=True) / pieces
         if self.step < recipe.flat_steps:
             aligned = flat_alignment(batch, blank).to(self.device)
             flat = F.nll_loss(scores.permute(1, 2, 0), aligned, ignore_index=-1)
@@ -222,8 +222,9 @@ def _initialise(net: RecognizerNet) -> None:
     nn.init.kaiming_normal_(front.out.weight, nonlinearity="linear")
     nn.init.zeros_(front.out.bias)
     first = front.conv[0]
-    first.weight /= MEL_SCALE  # type: ignore[operator]
-    first.bias -= MEL_MEAN * first.weight.sum((1, 2, 3))  # type: ignore[operator,union-attr]
+    assert isinstance(first, nn.Conv2d) and first.bias is not None
+    first.weight.div_(MEL_SCALE)
+    first.bias.sub_(MEL_MEAN * first.weight.sum((1, 2, 3)))
 
 
 def spec_augment(mel: Tensor, slots: Tensor, recipe: Recipe) -> Tensor:
@@ -274,9 +275,7 @@ def run(
     tokenizer: Annotated[Path, typer.Option(help="SentencePiece model with the config's number of pieces.")],
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and logs.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps of the whole run.")] = 6000,
-    decay_steps: Annotated[
-        int, typer.Option(help="Steps over which the learning rate falls to zero.")
-    ] = 1500,
+    decay_steps: Annotated[int, typer.Option(help="Steps over which the learning rate falls to zero.")] = 1500,
     valid: Annotated[list[Path] | None, typer.Option(help="Manifest to validate on.")] = None,
     valid_every_steps: int = 500,
     noise: Annotated[Path | None, typer.Option(help="Manifest of noises and impulse responses.")] = None,
@@ -308,19 +307,14 @@ def run(
             None if easy else augmenter,
             batch_s=recipe.easy_batch_s if easy else recipe.batch_s,
             seed=recipe.seed + trainer.step,
+            altered_share=recipe.altered_share,
         )
-        return DataLoader(
-            batches, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_quiet_worker
-        )
+        return DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_quiet_worker)
 
     for easy, end in ((True, min(recipe.easy_steps, steps)), (False, steps)):
         if trainer.step < end:
-            scale = functools.partial(
-                lr_scale, warmup_steps=recipe.warmup_steps, steps=steps, decay_steps=decay_steps
-            )
-            _loop(
-                trainer, loader(easy=easy), end, scale, checkpoint, tokenizer, valid or [], valid_every_steps
-            )
+            scale = functools.partial(lr_scale, warmup_steps=recipe.warmup_steps, steps=steps, decay_steps=decay_steps)
+            _loop(trainer, loader(easy=easy), end, scale, checkpoint, tokenizer, valid or [], valid_every_steps)
 
 
 def _quiet_worker(_: int) -> None:
@@ -368,7 +362,7 @@ def _validate(trainer: Trainer, tokenizer: Path, manifests: list[Path]) -> None:
     net = trainer.averaged()
     for manifest in manifests:
         decoders = ("rnnt", "ctc") if trainer.step > trainer.recipe.rnnt_from_step else ("ctc",)
-        rates = word_error_rates(net, tokenizer, manifest, decoders, limit=60)
+        rates = word_error_rates(net, tokenizer, manifest, decoders, limit=80)
         figures = " ".join(f"{name} {100 * rate:.1f}%" for name, rate in rates.items())
         logger.info("step %d WER on %s: %s", trainer.step, manifest.stem, figures)
 

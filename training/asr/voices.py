@@ -105,9 +105,7 @@ def run_program(command: Sequence[str], text: str = "") -> bytes:
             command, input=text.encode(), capture_output=True, timeout=_PROGRAM_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise SpeechError(
-            f"{command[0]} did not finish within {_PROGRAM_TIMEOUT_S:.0f} s on {text!r}"
-        ) from error
+        raise SpeechError(f"{command[0]} did not finish within {_PROGRAM_TIMEOUT_S:.0f} s on {text!r}") from error
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip()
         raise SpeechError(f"{command[0]} ended with status {done.returncode}: {reason}")
@@ -161,9 +159,7 @@ class Flite:
         name = name or str(rng.choice(["slt", "rms", "kal16"], p=[0.4, 0.35, 0.25]))
         size = 1.0 if name in self.held_out else float(rng.choice(_FLITE_SIZES))
         pitch, pace = float(rng.uniform(0.88, 1.15)), float(rng.uniform(0.88, 1.2))
-        return Voice(
-            speaker=f"flite-{name}-{round(size * 100)}", name=name, pitch=pitch, pace=pace, size=size
-        )
+        return Voice(speaker=f"flite-{name}-{round(size * 100)}", name=name, pitch=pitch, pace=pace, size=size)
 
     def speak(self, text: str, voice: Voice) -> Samples:
         """See `Engine.speak`."""

@@ -163,9 +163,7 @@ def test_only_speed_changes_the_length(speech: Samples) -> None:
     assert all(augmenter(speech, np.random.default_rng(seed)).size == speech.size for seed in range(20))
 
 
-def test_the_same_seed_gives_the_same_version_and_another_seed_another(
-    augmenter: Augmenter, speech: Samples
-) -> None:
+def test_the_same_seed_gives_the_same_version_and_another_seed_another(augmenter: Augmenter, speech: Samples) -> None:
     first, again, other = (augmenter(speech, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert other.size != first.size or not np.array_equal(other, first)
@@ -188,9 +186,7 @@ def write_manifest(folder: Path, kind: str) -> Path:
     return manifest
 
 
-def test_short_recorded_noises_are_repeated_to_the_length_of_the_speech(
-    tmp_path: Path, speech: Samples
-) -> None:
+def test_short_recorded_noises_are_repeated_to_the_length_of_the_speech(tmp_path: Path, speech: Samples) -> None:
     config = replace(NEVER, noise_probability=1.0, snr_db=(0.0, 0.0))
     augmenter = Augmenter(write_manifest(tmp_path, "noise"), config)
     added = [augmenter(speech, np.random.default_rng(seed)) - speech for seed in range(200)]

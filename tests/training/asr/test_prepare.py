@@ -110,9 +110,7 @@ def test_the_command_prints_a_row_for_each_source(manifests: list[Path], tmp_pat
 
 
 @pytest.mark.parametrize("weight", ["second", "second=much"])
-def test_a_weight_without_a_number_is_a_usage_error(
-    manifests: list[Path], tmp_path: Path, weight: str
-) -> None:
+def test_a_weight_without_a_number_is_a_usage_error(manifests: list[Path], tmp_path: Path, weight: str) -> None:
     options = ["--manifest", str(manifests[0]), "--out", str(tmp_path / "packed"), "--weight", weight]
     assert CliRunner().invoke(app, options).exit_code == 2
 

@@ -64,9 +64,7 @@ def test_sentences_are_read_from_pairs_json_lines_verses_and_text(tmp_path: Path
 
 
 def test_excluded_repeated_and_unspeakable_sentences_are_not_spoken(tmp_path: Path) -> None:
-    (tmp_path / "all.txt").write_text(
-        "Don't  stop!\nI have 3 cats.\nyes and/or no\nI have 3 cats!\n" + "ab " * 90
-    )
+    (tmp_path / "all.txt").write_text("Don't  stop!\nI have 3 cats.\nyes and/or no\nI have 3 cats!\n" + "ab " * 90)
     (tmp_path / "dev.txt").write_text("don’t stop\n")
     assert usable_sentences([tmp_path / "all.txt"], [tmp_path / "dev.txt"]) == ["I have three cats!"]
 
