@@ -34,6 +34,10 @@ FormatOption = Annotated[OutputFormat, typer.Option("--format", help="Form of th
 ModelOption = Annotated[
     Path | None, typer.Option("--model", metavar="DIR", help="Folder of the model; else the embedded one.")
 ]
+DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model runs.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", metavar="float32|bfloat16", help="What the model computes in.")
+]
 DecoderOption = Annotated[Literal["rnnt", "ctc"], typer.Option("--decoder", help="Head of the model to use.")]
 LookaheadOption = Annotated[
     int | None,
@@ -101,6 +105,8 @@ def transcribe(
         typer.Option("--output", metavar="DIR", help="Write each transcript to a file in this folder."),
     ] = None,
     model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     decoder: DecoderOption = "rnnt",
     max_lookahead_ms: LookaheadOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings worked on at a time.")] = 8,
@@ -125,7 +131,7 @@ def transcribe(
 
         openers = [partial(_open_source, name, encoding, rate, channels) for name in files]
         config = SessionConfig(max_lookahead_ms=max_lookahead_ms, decoder=decoder)
-        recognizer = load_recognizer(model)
+        recognizer = load_recognizer(model, device=device, dtype=dtype)
         with display:
             for step in run(openers, recognizer, config, batch_size=batch_size):
                 if step.problem is not None:
@@ -158,6 +164,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
     model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
     allow_origin: Annotated[
         list[str] | None,
@@ -185,7 +193,7 @@ def serve(
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("websockets").setLevel(logging.WARNING)
-        asyncio.run(server.serve(load_recognizer(model), settings))
+        asyncio.run(server.serve(load_recognizer(model, device=device, dtype=dtype), settings))
 
 
 @app.command()

@@ -18,16 +18,26 @@ from models.config import ModelConfig
 from models.recognizer import Recognizer
 from streaming.errors import DragomanError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: The model in the repository, used when none is named.
 EMBEDDED_MODEL = Path(__file__).parent / "en-small"
 
 
-def load_recognizer(path: Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Recognizer:
+def load_recognizer(path: Path | None = None, *, device: str = "cpu", dtype: str = "float32") -> Recognizer:
     """Reads a model folder; without a path, the embedded one.
 
+    Args:
+        path: The folder.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32`` or ``bfloat16``, whatever the weights are stored in.
+
     Raises:
-        DragomanError: ``model_not_found`` or ``bad_checkpoint`` or ``unsupported_model``, saying which file and why.
+        DragomanError: ``model_not_found``, ``bad_checkpoint`` or ``unsupported_model``, saying which file and why;
+            ``unsupported_device`` or ``unsupported_dtype``.
     """
+    if dtype not in DTYPES:
+        raise DragomanError("unsupported_dtype", f"the dtype {dtype!r} is not supported: use {' or '.join(DTYPES)}")
+    _require_device(device)
     folder = EMBEDDED_MODEL if path is None else path
     config = _read_config(folder)
     weights = _required(folder, "model.safetensors")
@@ -36,7 +46,18 @@ def load_recognizer(path: Path | None = None, *, device: str = "cpu", dtype: tor
     except (SafetensorError, OSError) as error:
         raise DragomanError("bad_checkpoint", f"{weights} is not a safetensors file: {error}") from error
     tokenizer = _required(folder, "tokenizer.model").read_bytes()
-    return Recognizer.create(config, tensors, tokenizer, device=device, dtype=dtype)
+    return Recognizer.create(config, tensors, tokenizer, device=device, dtype=DTYPES[dtype])
+
+
+def _require_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise DragomanError("unsupported_device", f"the device {device!r} is not supported: use cpu, cuda or cuda:N")
+    there = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= there:
+        raise DragomanError(
+            "unsupported_device", f"{device} was asked for and PyTorch sees {there} CUDA devices; use --device cpu"
+        )
 
 
 def save_checkpoint(out: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: bytes, card: str) -> None:

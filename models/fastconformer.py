@@ -149,7 +149,7 @@ class FastConformer(nn.Module):
         """
         self.eval().requires_grad_(False)
         self._positions.clear()
-        self._weights = [layer.weights(packed=True) for layer in self._conformer_layers()]
+        self._weights = [layer.weights(frozen=True) for layer in self._conformer_layers()]
         for layer in self._conformer_layers():
             layer.release()
         return self
@@ -190,7 +190,7 @@ class FastConformer(nn.Module):
         cached = 0 if state is None else self.config.left_context_frames
         seen = torch.zeros_like(slots) if state is None else state.frames
         shape = self._shape(mel, cached, seen, slots, chunk_frames)
-        weights = self._weights or [layer.weights(packed=False) for layer in self._conformer_layers()]
+        weights = self._weights or [layer.weights(frozen=False) for layer in self._conformer_layers()]
         x, subsampling = self.pre_encode(mel, None if state is None else state.subsampling, shape)
         if self.config.xscaling:
             x = x * math.sqrt(self.config.d_model)
@@ -454,7 +454,7 @@ class _Layer(nn.Module):
         self.feed_forward2 = _FeedForward(c)
         self.norm_out = nn.LayerNorm(c.d_model)
 
-    def weights(self, *, packed: bool) -> _LayerWeights:
+    def weights(self, *, frozen: bool) -> _LayerWeights:
         """The parameters as the step reads them."""
         attention, conv = self.self_attn, self.conv
         scale = attention.pos_bias_u.shape[1] ** -0.5
@@ -471,20 +471,20 @@ class _Layer(nn.Module):
         )
         return _LayerWeights(
             norms=tuple((norm.weight, norm.bias) for norm in norms),
-            ff1=self.feed_forward1.weights(packed=packed),
-            ff2=self.feed_forward2.weights(packed=packed),
-            qkv=Linear(qkv, qkv_bias, packed=packed),
-            out=Linear(attention.linear_out.weight, attention.linear_out.bias, packed=packed),
+            ff1=self.feed_forward1.weights(frozen=frozen),
+            ff2=self.feed_forward2.weights(frozen=frozen),
+            qkv=Linear(qkv, qkv_bias, frozen=frozen),
+            out=Linear(attention.linear_out.weight, attention.linear_out.bias, frozen=frozen),
             bias_u=attention.pos_bias_u[:, None] * scale,
             bias_v=attention.pos_bias_v[:, None] * scale,
             pos=attention.linear_pos.weight,
-            pointwise1=Linear(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias, packed=packed),
+            pointwise1=Linear(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias, frozen=frozen),
             depthwise=(conv.depthwise_conv.weight[:, 0], conv.depthwise_conv.bias),
-            pointwise2=Linear(conv.pointwise_conv2.weight[:, :, 0], conv.pointwise_conv2.bias, packed=packed),
+            pointwise2=Linear(conv.pointwise_conv2.weight[:, :, 0], conv.pointwise_conv2.bias, frozen=frozen),
         )
 
     def release(self) -> None:
-        """Gives up the matrices that packed weights stand for."""
+        """Gives up the matrices that frozen weights have replaced."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d) and module is not self.self_attn.linear_pos:
                 if module is not self.conv.depthwise_conv:
@@ -497,9 +497,9 @@ class _FeedForward(nn.Module):
         self.linear1 = nn.Linear(c.d_model, c.d_model * c.ff_expansion_factor, bias=c.use_bias)
         self.linear2 = nn.Linear(c.d_model * c.ff_expansion_factor, c.d_model, bias=c.use_bias)
 
-    def weights(self, *, packed: bool) -> tuple[Linear, Linear]:
-        first = Linear(self.linear1.weight, self.linear1.bias, packed=packed)
-        return first, Linear(self.linear2.weight, self.linear2.bias, scale=0.5, packed=packed)
+    def weights(self, *, frozen: bool) -> tuple[Linear, Linear]:
+        first = Linear(self.linear1.weight, self.linear1.bias, frozen=frozen)
+        return first, Linear(self.linear2.weight, self.linear2.bias, scale=0.5, frozen=frozen)
 
 
 class _Attention(nn.Module):

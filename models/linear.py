@@ -19,16 +19,18 @@ class Linear:
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
         scale: Multiplied into both.
-        packed: Reorder the weights for this CPU. No gradient flows through packed weights, and this object holds
-            the only form of them that it needs. Elsewhere than on a CPU nothing is reordered.
+        frozen: The weights will not change: on a CPU they are reordered, and no gradient flows through them. This
+            object then needs nothing of the parameters that it was made from.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, scale: float = 1.0, packed: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, scale: float = 1.0, frozen: bool = False) -> None:
         if scale != 1.0:
             weight, bias = weight * scale, None if bias is None else bias * scale
         on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self._packed = packed and on_cpu
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._packed = frozen and on_cpu
+        if self._packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._weight = weight.detach() if frozen else weight
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from streaming.text import EmittedWord, FlushGuard, TextState, WordAssembler, cl
 from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
 
 SAMPLES_PER_MS = 16
+Decoder = Literal["rnnt", "ctc"]
 #: Silence decoded after the end of the audio, so that the last word is emitted; at least one chunk.
 FLUSH_FRAMES = 4
 
@@ -51,7 +52,7 @@ class SessionConfig:
 
     audio: AudioFormat = AudioFormat()
     max_lookahead_ms: int | None = None
-    decoder: Literal["rnnt", "ctc"] = "rnnt"
+    decoder: Decoder = "rnnt"
     endpoint_silence_ms: int = 800
 
     def __post_init__(self) -> None:

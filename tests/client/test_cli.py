@@ -28,7 +28,7 @@ runner = CliRunner()
 def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.transcribe, "Session", FakeSession)
     monkeypatch.setattr(client.transcribe, "tick", fake_tick)
-    monkeypatch.setattr(models.checkpoint, "load_recognizer", lambda path: FakeRecognizer())
+    monkeypatch.setattr(models.checkpoint, "load_recognizer", lambda path, **_: FakeRecognizer())
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_help_is_quick_and_names_units() -> None:
 PROGRAM = (
     "import client.transcribe as t, models.checkpoint as c\n"
     "from tests.fakes import FakeSession, fake_tick\n"
-    "t.Session, t.tick, c.load_recognizer = FakeSession, fake_tick, lambda path: None\n"
+    "t.Session, t.tick, c.load_recognizer = FakeSession, fake_tick, lambda path, **_: None\n"
     "from client.cli import app; app()\n"
 )
 

@@ -157,6 +157,23 @@ def test_cache_of_the_past_is_bounded() -> None:
     assert int(state.frames) == 60
 
 
+def test_frozen_weights_need_no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU's packed products are not to be had, as on a GPU, the same encoder gives the same frames."""
+    mel = random_mel(8 * 30, 5)
+    expected = offline(encoder(), mel, 8 * 30, 3)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(offline(encoder(), mel, 8 * 30, 3), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_mode_and_frozen_encoder_agree() -> None:
+    mel = random_mel(8 * 30, 6)
+    learning = tiny.net().encoder.train()
+    y, _ = learning.step(mel, None, slots=torch.tensor([240]), chunk_frames=torch.tensor([4]))
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learning.parameters())
+    torch.testing.assert_close(y[0].detach(), offline(encoder(), mel, 240, 3), atol=1e-5, rtol=1e-5)
+
+
 def test_bf16_stays_close_to_fp32() -> None:
     slots = 8 * 40
     mel = random_mel(slots, 4)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -73,15 +73,18 @@ class SourceSummary:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def rejection(text: str | None, duration_s: float) -> str | None:
+def rejection(text: str | None, duration_s: float, excluded: Set[str] = frozenset()) -> str | None:
     """Says why an utterance is unfit for training, or None if it is fit.
 
     Args:
         text: The normalised transcript, None if there is none.
         duration_s: Length of the recording.
+        excluded: Normalised transcripts that a test set is made of.
     """
     if text is None:
         return "unspeakable text"
+    if text in excluded:
+        return "in a test set"
     if duration_s > MAX_DURATION_S:
         return "too long"
     if duration_s < MIN_DURATION_S:
@@ -108,14 +111,19 @@ def _records(manifest: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pack_source(
-    manifest: Path, weight: float, audio: BinaryIO, offset_samples: int, summary: SourceSummary
+    manifest: Path,
+    weight: float,
+    audio: BinaryIO,
+    offset_samples: int,
+    summary: SourceSummary,
+    excluded: Set[str],
 ) -> Iterator[PackedUtterance]:
     """Appends the fit utterances of one manifest to `audio` and yields their index lines."""
     source = manifest.stem
     for record in _records(manifest):
         text = normalize_transcript(str(record["text"]))
         # The stated length spares decoding what is unfit by far; the decoded one decides.
-        reason = rejection(text, float(record["duration_s"]))
+        reason = rejection(text, float(record["duration_s"]), excluded)
         samples = read_audio(manifest.parent / record["audio"]) if reason is None else np.zeros(0, np.int16)
         reason = reason or rejection(text, len(samples) / SAMPLE_RATE_HZ)
         if reason is not None or text is None:
@@ -130,7 +138,12 @@ def _pack_source(
         offset_samples += len(samples)
 
 
-def pack(manifests: Sequence[Path], out: Path, weights: Mapping[str, float] | None = None) -> dict[str, SourceSummary]:
+def pack(
+    manifests: Sequence[Path],
+    out: Path,
+    weights: Mapping[str, float] | None = None,
+    exclude: Sequence[Path] = (),
+) -> dict[str, SourceSummary]:
     """Packs manifests into ``audio.i16`` and ``index.jsonl``.
 
     Args:
@@ -138,6 +151,7 @@ def pack(manifests: Sequence[Path], out: Path, weights: Mapping[str, float] | No
             `speaker`.
         out: Folder to write; what it holds from an earlier call is replaced when all is done.
         weights: Weight by manifest name; 1 for the others.
+        exclude: Manifests of test sets, none of whose sentences may be packed.
 
     Returns:
         A summary for each manifest name.
@@ -151,18 +165,25 @@ def pack(manifests: Sequence[Path], out: Path, weights: Mapping[str, float] | No
         raise ValueError(
             f"weight for {', '.join(unknown)}, but the manifests are {', '.join(summaries)}: correct the name"
         )
+    excluded = frozenset(text for file in exclude for text in _sentences(file))
     out.mkdir(parents=True, exist_ok=True)
     audio_part, index_part = out / "audio.i16.part", out / "index.jsonl.part"
     offset_samples = 0
     with audio_part.open("wb") as audio, index_part.open("w", encoding="utf-8") as index:
         for manifest in manifests:
             weight = weights.get(manifest.stem, 1.0)
-            for utterance in _pack_source(manifest, weight, audio, offset_samples, summaries[manifest.stem]):
+            for utterance in _pack_source(manifest, weight, audio, offset_samples, summaries[manifest.stem], excluded):
                 offset_samples = utterance.offset_samples + utterance.n_samples
                 index.write(json.dumps(asdict(utterance)) + "\n")
     audio_part.replace(out / "audio.i16")
     index_part.replace(out / "index.jsonl")
     return summaries
+
+
+def _sentences(manifest: Path) -> Iterator[str]:
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        if text := normalize_transcript(json.loads(line)["text"]):
+            yield text
 
 
 def _table(summaries: Mapping[str, SourceSummary], weights: Mapping[str, float]) -> Table:
@@ -203,10 +224,11 @@ def main(
     manifest: Annotated[list[Path], typer.Option(help="Manifest to pack; give as often as there are.")],
     out: Annotated[Path, typer.Option(help="Folder for audio.i16 and index.jsonl.")],
     weight: Annotated[list[str] | None, typer.Option(help="Weight of one manifest, NAME=NUMBER (default 1).")] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(help="Test manifest whose sentences are left out.")] = None,
 ) -> None:
     """Packs speech manifests for training."""
     weights = _parse_weights(weight or [])
-    Console().print(_table(pack(manifest, out, weights), weights))
+    Console().print(_table(pack(manifest, out, weights, exclude or []), weights))
 
 
 if __name__ == "__main__":

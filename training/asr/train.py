@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.config import SUBSAMPLING_FACTOR, DecoderConfig, EncoderConfig, FeatureConfig, ModelConfig
-from models.recognizer import RecognizerNet
+from models.recognizer import Recognizer, RecognizerNet
+from streaming.session import Decoder
 from training.asr.augment import Augmenter
 from training.asr.data import Batch, TrainingBatches, read_packed
 
@@ -53,6 +55,8 @@ class Recipe:
         flat_steps: So long the CTC loss is helped by a flat start: cross-entropy against the pieces spread evenly
             over the utterance's louder part.
         rnnt_from_step: The transducer loss joins here; before, CTC alone shapes the encoder.
+        rnnt_cells: The transducer loss is taken on so many rows of a batch, drawn at random, that their lattices
+            have about this many cells; all of them would cost more than the encoder.
         ctc_weight: Share of the CTC loss once both are there.
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
         freq_masks, freq_width: SpecAugment in mel bins (Park et al. 2019).
@@ -72,7 +76,8 @@ class Recipe:
     easy_batch_s: float = 40.0
     flat_steps: int = 250
     rnnt_from_step: int = 2600
-    ctc_weight: float = 0.3
+    rnnt_cells: int = 10_000
+    ctc_weight: float = 0.5
     altered_share: float = 0.4
     freq_masks: int = 1
     freq_width: int = 16
@@ -162,10 +167,16 @@ class Trainer:
             return {"ctc": ctc}
         from torchaudio.functional import rnnt_loss
 
-        lattice = net.transducer.lattice(encoded, targets).float()
+        cells = int(frames.max()) * (int(lengths.max()) + 1)
+        part = torch.randperm(len(frames))[: max(1, recipe.rnnt_cells // cells)]
+        frames, lengths = frames[part], lengths[part]
+        # The loss wants the longest row to fill the lattice.
+        targets = targets[part, : int(lengths.max())]
+        lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets).float()
         rnnt = rnnt_loss(
             lattice, targets.int(), frames.to(self.device), lengths.to(self.device), blank, reduction="sum"
         )
+        pieces = lengths.sum()
         return {"ctc": ctc, "rnnt": rnnt / pieces}
 
     @torch.no_grad()
@@ -311,10 +322,15 @@ def run(
         )
         return DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_quiet_worker)
 
-    for easy, end in ((True, min(recipe.easy_steps, steps)), (False, steps)):
-        if trainer.step < end:
-            scale = functools.partial(lr_scale, warmup_steps=recipe.warmup_steps, steps=steps, decay_steps=decay_steps)
-            _loop(trainer, loader(easy=easy), end, scale, checkpoint, tokenizer, valid or [], valid_every_steps)
+    scale = functools.partial(lr_scale, warmup_steps=recipe.warmup_steps, steps=steps, decay_steps=decay_steps)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside: as by Ctrl-C
+    try:
+        for easy, end in ((True, min(recipe.easy_steps, steps)), (False, steps)):
+            if trainer.step < end:
+                _loop(trainer, loader(easy=easy), end, scale, checkpoint, tokenizer, valid or [], valid_every_steps)
+    except KeyboardInterrupt:
+        trainer.save(checkpoint)
+        logger.info("stopped at step %d; the same command goes on from there", trainer.step)
 
 
 def _quiet_worker(_: int) -> None:
@@ -357,13 +373,17 @@ def _loop(
 
 def _validate(trainer: Trainer, tokenizer: Path, manifests: list[Path]) -> None:
     """Logs the word error rates of the averaged weights."""
-    from training.asr.validate import word_error_rates
+    if not manifests:
+        return
+    from training.asr.validate import score
 
-    net = trainer.averaged()
+    # The heads are scored through the sessions that serve people; a young transducer has nothing to say yet.
+    heads: tuple[Decoder, ...] = ("rnnt", "ctc")
+    heads = heads if trainer.step > trainer.recipe.rnnt_from_step else heads[1:]
+    recognizer = Recognizer(trainer.averaged(), tokenizer.read_bytes())
     for manifest in manifests:
-        decoders = ("rnnt", "ctc") if trainer.step > trainer.recipe.rnnt_from_step else ("ctc",)
-        rates = word_error_rates(net, tokenizer, manifest, decoders, limit=80)
-        figures = " ".join(f"{name} {100 * rate:.1f}%" for name, rate in rates.items())
+        scores = [score(recognizer, manifest, decoder=head, limit=80) for head in heads]
+        figures = " ".join(f"{s.decoder} {100 * s.wer:.1f}%" for s in scores)
         logger.info("step %d WER on %s: %s", trainer.step, manifest.stem, figures)
 
 

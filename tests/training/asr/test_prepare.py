@@ -118,3 +118,13 @@ def test_a_weight_without_a_number_is_a_usage_error(manifests: list[Path], tmp_p
 def test_a_weight_for_no_manifest_is_an_error(manifests: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weight for thrid"):
         pack(manifests, tmp_path / "packed", {"thrid": 2.0})
+
+
+def test_no_sentence_of_a_test_set_is_packed(manifests: list[Path], tmp_path: Path) -> None:
+    pack(manifests, tmp_path / "all")
+    taken = read_index(tmp_path / "all")[0]["text"]
+    test_set = tmp_path / "test.jsonl"
+    test_set.write_text(json.dumps({"text": f" {taken.upper()}! "}) + "\n")
+    summaries = pack(manifests, tmp_path / "packed", exclude=[test_set])
+    assert taken not in {row["text"] for row in read_index(tmp_path / "packed")}
+    assert sum(summary.dropped["in a test set"] for summary in summaries.values()) >= 1

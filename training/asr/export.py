@@ -1,0 +1,64 @@
+"""Turns a training checkpoint into a model folder with a card whose scores were measured on what is in the folder.
+
+python -m training.asr.export --run runs/first --tokenizer tokenizer.model --notes training/asr/CARD.md \
+        --manifest dev/kokoro.jsonl --manifest dev/libri_other.jsonl --out models/en-small
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from models.checkpoint import load_recognizer, save_checkpoint
+from models.config import ModelConfig
+from models.recognizer import RecognizerNet
+from streaming.session import Decoder
+from training.asr.validate import score, table
+
+SCORES_MARK = "<!-- scores -->"
+STEPS_MARK = "<!-- steps -->"
+
+
+def export(run: Path, tokenizer: Path, out: Path, card: str) -> None:
+    """Writes the averaged weights of ``run/last.pt`` in bf16.
+
+    Args:
+        run: Folder of a training run.
+        tokenizer: The SentencePiece model that it was trained with.
+        out: The model folder.
+        card: Its model card, Markdown.
+    """
+    state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
+    net = RecognizerNet(ModelConfig.from_dict(state["config"]))
+    net.load_state_dict(state["average"])
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in net.checkpoint().items()}
+    save_checkpoint(out, net.config, weights, tokenizer.read_bytes(), card.replace(STEPS_MARK, f"{state['step']:,}"))
+
+
+def run_export(
+    run: Annotated[Path, typer.Option(help="Folder of a training run.")],
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model that it was trained with.")],
+    notes: Annotated[Path, typer.Option(help=f"Text of the card; {SCORES_MARK} becomes the table of scores.")],
+    out: Annotated[Path, typer.Option(help="The model folder.")],
+    manifest: Annotated[list[Path], typer.Option(help="What to score; may be given several times.")],
+    threads: int = 2,
+) -> None:
+    """Exports, scores every manifest at the largest and the smallest look-ahead, and writes the card."""
+    torch.set_num_threads(threads)
+    export(run, tokenizer, out, notes.read_text(encoding="utf-8"))
+    recognizer = load_recognizer(out)
+    largest = recognizer.lookaheads_ms[-1]
+    settings: list[tuple[Decoder, int]] = [("ctc", largest), *(("rnnt", ms) for ms in recognizer.lookaheads_ms)]
+    scores = [score(recognizer, file, decoder=head, max_lookahead_ms=ms) for file in manifest for head, ms in settings]
+    (run / "scores.json").write_text(json.dumps([s.__dict__ for s in scores], indent=2) + "\n", encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8").replace(SCORES_MARK, table(scores))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    typer.run(run_export)
