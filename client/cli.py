@@ -35,9 +35,7 @@ ModelOption = Annotated[
     Path | None, typer.Option("--model", metavar="DIR", help="Folder of the model; else the embedded one.")
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model runs.")]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", metavar="float32|bfloat16", help="What the model computes in.")
-]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16", help="What the model computes in.")]
 DecoderOption = Annotated[Literal["rnnt", "ctc"], typer.Option("--decoder", help="Head of the model to use.")]
 LookaheadOption = Annotated[
     int | None,
