@@ -4,16 +4,15 @@
 
 Both encoders start every step from full caches, and both return new ones; decoding is not included.
 
-What bounds a step of one frame for one stream (fp32, one thread of a 2-core AMD EPYC with AVX-512):
+What bounds a step of one frame for one stream (fp32, a 2-core AMD EPYC with AVX-512, load 1.2 to 1.7):
 
 - *Weights.* Every weight is read once and used for one multiplication, so the step is a series of
-  matrix-vector products: about four fifths of its time at 17x512 (418 MB a step), two thirds at 16x176
-  (49 MB). Memory would give 15 to 21 GB/s; the products get 8 where a row-major matrix has more outputs than
-  inputs, and up to 20 where it is stored transposed. The second table has both figures for the machine.
-- *Calls.* About 50 PyTorch operations a layer at 5 to 10 microseconds each: 4 ms at 16 layers when nothing
-  else runs. NeMo makes 1.7 times as many. The table measures it on an encoder as deep and 32 wide.
-- *Not arithmetic.* From two frames on the same weights serve more rows, and the matrix kernel counts: a step
-  of eight streams costs less than three times one stream's.
+  matrix-vector products. At 17x512 (418 MB a step) they are three quarters of its 28 ms on two threads: packed for
+  oneDNN they are read at 20 to 23 GB/s, which is all that this memory gives. On one thread packed weights are read
+  at 14 GB/s (41 ms); a transposed copy would be at 21 for one frame and at a third of that for seven.
+- *Calls.* About 45 PyTorch operations a layer, half of NeMo's. An encoder 32 wide and 16 deep, which has nothing to
+  read or compute, takes 7.5 of the 12 ms of 16x176: this is the bound there, and why that shape gains least.
+- *Arithmetic* counts from about eight frames in a step on; then both engines spend their time in the same products.
 """
 
 from __future__ import annotations
@@ -178,8 +177,10 @@ def count_ops(step: Callable[[], object]) -> int:
 def bound(name: str, threads: int, reference: NemoReference, encoder: FastConformer, seconds: float) -> Bound:
     """Measures what limits a step of one frame for one stream."""
     mel = torch.randn(1, SUBSAMPLING_FACTOR, reference.shape.mel_bins)
-    # Positions are projected once and cached, so their weights are not read in a step.
-    weights = {key: w for key, w in encoder.named_parameters() if "linear_pos" not in key}
+    # Positions are projected once and cached, so their weights are not read in a step. The frozen encoder has
+    # given its matrices up for packed ones of the same size; an unfrozen one tells it.
+    unfrozen = FastConformer(encoder.config, reference.shape.mel_bins).requires_grad_(False)
+    weights = {key: w for key, w in unfrozen.named_parameters() if "linear_pos" not in key}
     matrices = [w.flatten(1) for key, w in weights.items() if w.dim() > 1 and "depthwise" not in key]
     vectors = [torch.randn(matrix.shape[1]) for matrix in matrices]
     size = sum(w.numel() * w.element_size() for w in weights.values())

@@ -115,7 +115,7 @@ class Session:
         while fork.ready():
             tick([fork])
         guard = FlushGuard(
-            until_frame=-(-self._features.samples // FRAME_SAMPLES),
+            until_frame=-(-fork._audio_samples // FRAME_SAMPLES),
             padded_until_frame=fork._decoder.frames[0],
             expected=tuple(token.piece for token in fork._fresh),
         )

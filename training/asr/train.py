@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -87,7 +88,7 @@ class Recipe:
 
 
 def first_model_config() -> ModelConfig:
-    """The shape of the first embedded model: 10.7 M parameters."""
+    """The shape of the first embedded model: 10.6 M parameters."""
     encoder = EncoderConfig(
         n_layers=6,
         d_model=256,
@@ -210,6 +211,12 @@ class Trainer:
         torch.save(state, partial)
         os.replace(partial, file)
 
+    def start_from(self, model: Path) -> None:
+        """Takes the weights of a model folder; the optimiser starts anew, behind the recipe's first stages."""
+        self.net.load_checkpoint(load_file(model / "model.safetensors"))
+        self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+        self.step = max(self.recipe.easy_steps, self.recipe.rnnt_from_step)
+
     def load(self, file: Path) -> None:
         """Goes on from a file that :meth:`save` wrote."""
         state = torch.load(file, map_location=self.device, weights_only=True)
@@ -225,7 +232,7 @@ def _average_gradients(net: nn.Module) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
@@ -303,6 +310,7 @@ def run(
     valid: Annotated[list[Path] | None, typer.Option(help="Manifest to validate on.")] = None,
     valid_every_steps: int = 500,
     noise: Annotated[Path | None, typer.Option(help="Manifest of noises and impulse responses.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Model folder whose weights a new run starts from.")] = None,
     threads: int = 2,
     device: str = "cpu",
     bf16: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
@@ -321,6 +329,8 @@ def run(
     if checkpoint.exists():
         trainer.load(checkpoint)
         logger.info("resumed at step %d", trainer.step)
+    elif init is not None:
+        trainer.start_from(init)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
     entries = read_packed(train)
     logger.info("%d utterances, %.1f h", len(entries), sum(e.length for e in entries) / 16000 / 3600)

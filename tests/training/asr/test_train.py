@@ -63,6 +63,19 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
         assert torch.equal(straight.average[name], resumed.average[name]), name
 
 
+def test_a_new_run_may_start_from_a_model(tmp_path: Path) -> None:
+    learner = trainer()
+    learner.train_step(batch(), 1.0)
+    learner.save(tmp_path / "last.pt")
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    export(tmp_path, tmp_path / "tokenizer.model", tmp_path / "model", "card")
+    started = trainer(dataclasses.replace(RECIPE, seed=5))
+    started.start_from(tmp_path / "model")
+    name = "encoder.layers.0.self_attn.linear_q.weight"
+    assert torch.equal(started.net.state_dict()[name], learner.average[name].bfloat16().float())
+    assert "rnnt" in started.train_step(batch(), 0.1)
+
+
 def test_the_start_piece_stays_zero() -> None:
     learner, data = trainer(), batch()
     for _ in range(8):
