@@ -325,12 +325,13 @@ class FastConformer(nn.Module):
 
         They do not depend on the stream: frozen weights keep them, one entry for every step length in use.
         """
-        if self._weights is not None and (T, cached) in self._positions:
+        keep = self._weights is not None and cached > 0  # whole inputs come in endlessly many lengths
+        if keep and (T, cached) in self._positions:
             return self._positions[T, cached]
         D, H = self.config.d_model, self.config.n_heads
         table = sinusoidal_positions(cached + T - 1, -(T - 1), D).to(like)
         projected = [F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous() for w in weights]
-        if self._weights is not None:
+        if keep:
             self._positions[T, cached] = projected
         return projected
 
