@@ -93,14 +93,20 @@ class _LayerWeights(NamedTuple):
     norms: tuple[tuple[Tensor, Tensor], ...]  # ff1, attention, conv, ff2, out, and inside the conv module
     ff1: tuple[Linear, Linear]  # the second halved, as the layer adds only half of it
     ff2: tuple[Linear, Linear]
-    qkv: Linear  # queries divided by sqrt(D/H)
+    qkv: Linear  # queries come out with `u` added and divided by sqrt(D/H)
     out: Linear
-    bias_u: Tensor  # [H, 1, D/H], divided likewise
-    bias_v: Tensor
+    v_minus_u: Tensor  # [H, 1, D/H], divided likewise
     pos: Tensor  # [D, D]
     pointwise1: Linear
     depthwise: tuple[Tensor, Tensor | None]  # [D, kernel]
     pointwise2: Linear
+
+
+class _Positions(NamedTuple):
+    """One layer's projected positions, from the furthest past to the furthest future one."""
+
+    keys: Tensor  # [H, D/H, cached + 2T - 1]
+    bias: Tensor  # [H, 1, cached + 2T - 1]: what they add to every query's score
 
 
 class _StepShape(NamedTuple):
@@ -139,7 +145,7 @@ class FastConformer(nn.Module):
         self.pre_encode = _Subsampling(mel_bins, config.subsampling_conv_channels, config.d_model)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
         self._weights: list[_LayerWeights] | None = None
-        self._positions: dict[tuple[int, int], list[Tensor]] = {}
+        self._positions: dict[tuple[int, int], list[_Positions]] = {}
 
     def freeze(self) -> FastConformer:
         """Prepares for inference on the device where the weights are. Returns itself.
@@ -262,7 +268,9 @@ class FastConformer(nn.Module):
         oldest = torch.maximum(start - left, -seen.clamp(max=cached)[:, None, None])
         return ((key >= oldest) & (key < end))[:, None]
 
-    def _layer(self, x: Tensor, w: _LayerWeights, positions: Tensor, past: _Past | None, shape: _StepShape) -> Tensor:
+    def _layer(
+        self, x: Tensor, w: _LayerWeights, positions: _Positions, past: _Past | None, shape: _StepShape
+    ) -> Tensor:
         """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm."""
         dropout = self.dropout if self.training else 0.0
         hidden = self._drop(w.ff1[0].silu(_norm(x, w.norms[0])))
@@ -274,7 +282,7 @@ class FastConformer(nn.Module):
         return _norm(x, w.norms[4])
 
     def _attention(
-        self, x: Tensor, w: _LayerWeights, positions: Tensor, past: _Past | None, shape: _StepShape
+        self, x: Tensor, w: _LayerWeights, positions: _Positions, past: _Past | None, shape: _StepShape
     ) -> Tensor:
         """Relative-position attention of the new frames on the cached and the new ones."""
         B, D, H = len(shape.frames), x.shape[1], self.config.n_heads
@@ -286,13 +294,14 @@ class FastConformer(nn.Module):
             keys, values = both.unbind()
         K = keys.shape[2]
         # Heads first: the positions are the same for all rows, and one product a head serves them all.
-        by_position = torch.bmm((query + w.bias_v).transpose(0, 1).reshape(H, B * T, D // H), positions)
+        of_all_rows = query.transpose(0, 1).reshape(H, B * T, D // H)
+        by_position = torch.baddbmm(positions.bias, of_all_rows, positions.keys)
         by_position = by_position.view(H, B, T, -1).transpose(0, 1)
         if T > 1:
             by_position = _relative_shift(by_position)
         scores = torch.baddbmm(
             by_position.reshape(B * H, T, K),
-            (query + w.bias_u).reshape(B * H, T, D // H),
+            query.reshape(B * H, T, D // H),
             keys.reshape(B * H, K, D // H).transpose(1, 2),
         ).float()
         if shape.visible is not None:
@@ -320,8 +329,8 @@ class FastConformer(nn.Module):
 
     # --------------------------------------------------------------------------------------------- positions
 
-    def _projected_positions(self, weights: list[_LayerWeights], like: Tensor, T: int, cached: int) -> list[Tensor]:
-        """Per layer ``[H, D/H, cached + 2T - 1]``, from the furthest past to the furthest future position.
+    def _projected_positions(self, weights: list[_LayerWeights], like: Tensor, T: int, cached: int) -> list[_Positions]:
+        """Every layer's positions for a step of ``T`` frames.
 
         They do not depend on the stream: frozen weights keep them, one entry for every step length in use.
         """
@@ -330,7 +339,10 @@ class FastConformer(nn.Module):
             return self._positions[T, cached]
         D, H = self.config.d_model, self.config.n_heads
         table = sinusoidal_positions(cached + T - 1, -(T - 1), D).to(like)
-        projected = [F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous() for w in weights]
+        projected = []
+        for w in weights:
+            keys = F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous()
+            projected.append(_Positions(keys, w.v_minus_u @ keys))
         if keep:
             self._positions[T, cached] = projected
         return projected
@@ -401,7 +413,7 @@ class _Subsampling(nn.Module):
             self.widths.append(self.widths[-1] // 2 + 1)
 
         def depthwise() -> nn.Conv2d:
-            return nn.Conv2d(channels, channels, 3, stride=2, groups=channels)
+            return _DepthwiseConv2d(channels, channels, 3, stride=2, groups=channels)
 
         # Positions in the list are NeMo's state-dict names; the ReLUs have no weights.
         self.conv = nn.ModuleList(
@@ -440,6 +452,15 @@ class _Subsampling(nn.Module):
         return self.out(x.transpose(1, 2).reshape(B, T, C * W)), (caches[0], caches[1], caches[2])
 
 
+class _DepthwiseConv2d(nn.Conv2d):
+    """In the weights' own dtype and channels last: on a CPU, bf16 gradients and other layouts take 12 times as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype, memory_format=torch.channels_last)
+            return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+
 class _Layer(nn.Module):
     """Holds one layer's parameters under NeMo's names; the arithmetic is in :class:`FastConformer`."""
 
@@ -461,7 +482,11 @@ class _Layer(nn.Module):
         scale = attention.pos_bias_u.shape[1] ** -0.5
         q, k, v = attention.linear_q, attention.linear_k, attention.linear_v
         qkv = torch.cat([q.weight * scale, k.weight, v.weight])
-        qkv_bias = None if q.bias is None else torch.cat([q.bias * scale, k.bias, v.bias])
+        # (q + u) K + (q + v) P = (q + u) (K + P) + (v - u) P, whose last term belongs to the positions alone.
+        u, v_minus_u = attention.pos_bias_u * scale, (attention.pos_bias_v - attention.pos_bias_u) * scale
+        none = torch.zeros_like(u.flatten())
+        biases = [none if linear.bias is None else linear.bias for linear in (q, k, v)]
+        qkv_bias = torch.cat([biases[0] * scale + u.flatten(), *biases[1:]])
         norms = (
             self.norm_feed_forward1,
             self.norm_self_att,
@@ -476,8 +501,7 @@ class _Layer(nn.Module):
             ff2=self.feed_forward2.weights(frozen=frozen),
             qkv=Linear(qkv, qkv_bias, frozen=frozen),
             out=Linear(attention.linear_out.weight, attention.linear_out.bias, frozen=frozen),
-            bias_u=attention.pos_bias_u[:, None] * scale,
-            bias_v=attention.pos_bias_v[:, None] * scale,
+            v_minus_u=v_minus_u[:, None],
             pos=attention.linear_pos.weight,
             pointwise1=Linear(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias, frozen=frozen),
             depthwise=(conv.depthwise_conv.weight[:, 0], conv.depthwise_conv.bias),

@@ -36,6 +36,7 @@ from models.recognizer import Recognizer, RecognizerNet
 from streaming.session import Decoder
 from training.asr.augment import Augmenter
 from training.asr.data import Batch, TrainingBatches, read_packed
+from training.asr.loss import transducer_loss
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Recipe:
     """
 
     seed: int = 1
-    batch_s: float = 30.0
+    batch_s: float = 45.0
     peak_lr: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 1e-2
@@ -78,7 +79,7 @@ class Recipe:
     easy_batch_s: float = 40.0
     flat_steps: int = 250
     rnnt_from_step: int = 2600
-    rnnt_cells: int = 7_000
+    rnnt_cells: int = 15_000
     ctc_weight: float = 0.5
     altered_share: float = 0.4
     freq_masks: int = 1
@@ -156,8 +157,8 @@ class Trainer:
         chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
         chunk_frames = chunks[torch.randint(len(chunks), (len(mel),))]
         encoded, _ = net.encoder.step(mel, None, slots=batch.slots, chunk_frames=chunk_frames)
-        frames = -(-batch.slots // SUBSAMPLING_FACTOR).to(torch.int32)
-        targets, lengths = batch.targets.to(self.device), batch.target_lengths.to(torch.int32)
+        frames = -(-batch.slots // SUBSAMPLING_FACTOR)
+        targets, lengths = batch.targets.to(self.device), batch.target_lengths
         pieces = lengths.sum()
         assert net.ctc_decoder is not None and net.transducer is not None
         scores = net.ctc_decoder(encoded).float().log_softmax(-1).transpose(0, 1)
@@ -169,17 +170,12 @@ class Trainer:
             return {"ctc": ctc, "flat": flat}
         if self.step < recipe.rnnt_from_step:
             return {"ctc": ctc}
-        from torchaudio.functional import rnnt_loss
-
         cells = int(frames.max()) * (int(lengths.max()) + 1)
         part = torch.randperm(len(frames))[: max(1, recipe.rnnt_cells // cells)]
         frames, lengths = frames[part], lengths[part]
-        # The loss wants the longest row to fill the lattice.
         targets = targets[part, : int(lengths.max())]
-        lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets).float()
-        rnnt = rnnt_loss(
-            lattice, targets.int(), frames.to(self.device), lengths.to(self.device), blank, reduction="sum"
-        )
+        lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets)
+        rnnt = transducer_loss(lattice, targets, frames.to(self.device), lengths.to(self.device), blank)
         pieces = lengths.sum()
         return {"ctc": ctc, "rnnt": rnnt / pieces}
 

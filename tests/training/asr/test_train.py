@@ -17,8 +17,6 @@ from training.asr.data import Batch, TrainingBatches, collate, read_packed
 from training.asr.export import export
 from training.asr.train import Recipe, Trainer, flat_alignment, lr_scale, spec_augment
 
-pytest.importorskip("torchaudio")
-
 RECIPE = Recipe(easy_steps=0, flat_steps=5, rnnt_from_step=5, warmup_steps=1, peak_lr=3e-3)
 
 
