@@ -53,7 +53,10 @@ class EncoderConfig:
         use_bias: Whether linear and convolution layers inside the Conformer layers have biases.
         xscaling: Whether the sub-sampled input is multiplied by ``sqrt(d_model)``.
         left_context_frames: Past frames that attention sees.
-        lookahead_frames: Look-aheads that the model was trained on; the first is its default.
+        lookahead_frames: Look-aheads that the model was trained on; the first is its default. With gates they are
+            caps on the reach (see :mod:`models.lookahead`), and every value up to the largest is allowed.
+        gate_frames: Next frames that each layer's gates choose from; 0 for a model that looks ahead in chunks.
+        gate_hidden: Hidden width of the networks that set the gates.
     """
 
     n_layers: int
@@ -66,6 +69,13 @@ class EncoderConfig:
     xscaling: bool = True
     left_context_frames: int = 70
     lookahead_frames: tuple[int, ...] = (13, 6, 1, 0)
+    gate_frames: int = 0
+    gate_hidden: int = 64
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the layers decide how far they look ahead."""
+        return self.gate_frames > 0
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -73,6 +83,14 @@ class EncoderConfig:
                 "unsupported_model", f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}"
             )
         for lookahead in self.lookahead_frames:
+            if self.adaptive and 0 <= lookahead <= self.gate_frames * self.n_layers:
+                continue
+            if self.adaptive:
+                raise DragomanError(
+                    "unsupported_model",
+                    f"{self.n_layers} layers of {self.gate_frames} gates reach {self.gate_frames * self.n_layers}"
+                    f" frames ahead, not {lookahead}; choose caps within that",
+                )
             if lookahead < 0 or self.left_context_frames % (lookahead + 1):
                 raise DragomanError(
                     "unsupported_model",

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from models.config import SUBSAMPLING_FACTOR, EncoderConfig
 from models.linear import Linear
+from models.lookahead import Scheduler
 
 #: Slots of the first group that lie before the first mel frame.
 LEADING_SLOTS = SUBSAMPLING_FACTOR - 1
@@ -38,6 +39,8 @@ MASKED_SCORE = -10000.0
 STAGES = 3
 #: Up to so many frames, the depthwise convolution is faster as a product and a sum than as a convolution.
 SHORT_STEP_FRAMES = 16
+#: Projected positions are kept for steps of up to so many frames.
+LONG_STEP_FRAMES = 128
 
 
 @dataclass
@@ -87,7 +90,7 @@ class EncoderState:
         return [self] if len(self.frames) == 1 else [self.row(i) for i in range(len(self.frames))]
 
 
-class _LayerWeights(NamedTuple):
+class LayerWeights(NamedTuple):
     """One layer's weights in the shape the step uses them, read from the modules below."""
 
     norms: tuple[tuple[Tensor, Tensor], ...]  # ff1, attention, conv, ff2, out, and inside the conv module
@@ -100,21 +103,23 @@ class _LayerWeights(NamedTuple):
     pointwise1: Linear
     depthwise: tuple[Tensor, Tensor | None]  # [D, kernel]
     pointwise2: Linear
+    scheduler: Scheduler | None
 
 
-class _Positions(NamedTuple):
+class Positions(NamedTuple):
     """One layer's projected positions, from the furthest past to the furthest future one."""
 
     keys: Tensor  # [H, D/H, cached + 2T - 1]
     bias: Tensor  # [H, 1, cached + 2T - 1]: what they add to every query's score
 
 
-class _StepShape(NamedTuple):
+class StepShape(NamedTuple):
     """What the rows of one step bring, on the host once and on the device for all layers."""
 
     frames: Tensor  # int64[B] on the host: new frames of each row
     subsampling_masks: tuple[Tensor | None, ...]  # [B, 1, slots, 1] per stage input and for the last output
     visible: Tensor | None  # [B, 1, T, keys], False where a key is invisible
+    bias: Tensor | None  # [B, 1, T, keys], added to the scores
     conv_mask: Tensor | None  # [B, T, 1]
     newest: Tensor | None  # int64[B, 1]: where each row's new frames end; None if all rows bring T
 
@@ -144,8 +149,9 @@ class FastConformer(nn.Module):
         self.dropout = dropout
         self.pre_encode = _Subsampling(mel_bins, config.subsampling_conv_channels, config.d_model)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
-        self._weights: list[_LayerWeights] | None = None
-        self._positions: dict[tuple[int, int], list[_Positions]] = {}
+        self._weights: list[LayerWeights] | None = None
+        self._positions: dict[tuple[int, int], list[Positions]] = {}
+        self._kept_positions: list[Positions] = []
 
     def freeze(self) -> FastConformer:
         """Prepares for inference on the device where the weights are. Returns itself.
@@ -154,10 +160,11 @@ class FastConformer(nn.Module):
         are given up, so a frozen encoder cannot be saved or moved.
         """
         self.eval().requires_grad_(False)
-        self._positions.clear()
         self._weights = [layer.weights(frozen=True) for layer in self._conformer_layers()]
         for layer in self._conformer_layers():
             layer.release()
+        self._positions.clear()
+        self._kept_positions = self._project_positions(self._weights, *self._kept_distances)
         return self
 
     def init_state(self, batch: int) -> EncoderState:
@@ -195,24 +202,24 @@ class FastConformer(nn.Module):
         """
         cached = 0 if state is None else self.config.left_context_frames
         seen = torch.zeros_like(slots) if state is None else state.frames
-        shape = self._shape(mel, cached, seen, slots, chunk_frames)
-        weights = self._weights or [layer.weights(frozen=False) for layer in self._conformer_layers()]
-        x, subsampling = self.pre_encode(mel, None if state is None else state.subsampling, shape)
-        if self.config.xscaling:
-            x = x * math.sqrt(self.config.d_model)
+        shape = self.shape(mel, seen, slots)
+        visible = self._visible(mel.shape[1] // SUBSAMPLING_FACTOR, cached, seen, shape.frames, chunk_frames)
+        shape = shape._replace(visible=None if visible is None else visible.to(mel.device))
+        weights = self.weights()
+        x, subsampling = self.subsample(mel, None if state is None else state.subsampling, shape)
         B, T, D = x.shape
         # The layers see one list of frames, [B * T, D]: only attention and convolution ask which row each is of.
-        x = self._drop(x).reshape(B * T, D)
-        positions = self._projected_positions(weights, x, T, cached)
+        x = x.reshape(B * T, D)
+        positions = self.positions(weights, cached + T - 1, cached + 2 * T - 1)
         if state is None:
             for w, p in zip(weights, positions, strict=True):
-                x = self._layer(x, w, p, None, shape)
+                x = self.layer(x, w, p, None, shape)
             return x.view(B, T, D), None
         # The caches grow by T into fresh memory; the state after the step is a view of their newest part.
         attention, conv = _grown(state.attention, 4, T), _grown(state.conv, 2, T)
         caches = (cache.unbind() for cache in (state.attention, state.conv, attention, conv))
         for w, p, *past in zip(weights, positions, *caches, strict=True):
-            x = self._layer(x, w, p, _Past(*past), shape)
+            x = self.layer(x, w, p, _Past(*past), shape)
         after = EncoderState(
             frames=seen + shape.frames,
             subsampling=subsampling,
@@ -228,8 +235,8 @@ class FastConformer(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- one step
 
-    def _shape(self, mel: Tensor, cached: int, seen: Tensor, slots: Tensor, chunk_frames: Tensor) -> _StepShape:
-        """Lengths and masks of a step; a mask that would hide nothing is None."""
+    def shape(self, mel: Tensor, seen: Tensor, slots: Tensor) -> StepShape:
+        """Lengths and masks of a step, attention's aside; a mask that would hide nothing is None."""
         B, S, _ = mel.shape
         T = S // SUBSAMPLING_FACTOR
         frames = -(-slots // SUBSAMPLING_FACTOR)
@@ -247,11 +254,11 @@ class FastConformer(nn.Module):
         conv_mask = None
         if not uniform:
             conv_mask = (torch.arange(T) < frames[:, None])[:, :, None].to(mel.device)
-        visible = self._visible(T, cached, seen, frames, chunk_frames)
-        return _StepShape(
+        return StepShape(
             frames=frames,
             subsampling_masks=tuple(masks) or (None,) * (STAGES + 1),
-            visible=None if visible is None else visible.to(mel.device),
+            visible=None,
+            bias=None,
             conv_mask=conv_mask,
             newest=None if uniform else frames[:, None].to(mel.device),
         )
@@ -268,89 +275,141 @@ class FastConformer(nn.Module):
         oldest = torch.maximum(start - left, -seen.clamp(max=cached)[:, None, None])
         return ((key >= oldest) & (key < end))[:, None]
 
-    def _layer(
-        self, x: Tensor, w: _LayerWeights, positions: _Positions, past: _Past | None, shape: _StepShape
-    ) -> Tensor:
-        """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm."""
-        dropout = self.dropout if self.training else 0.0
-        hidden = self._drop(w.ff1[0].silu(_norm(x, w.norms[0])))
-        x = w.ff1[1].add_to(x, hidden, dropout=dropout)
-        x = w.out.add_to(x, self._attention(_norm(x, w.norms[1]), w, positions, past, shape), dropout=dropout)
-        x = w.pointwise2.add_to(x, self._convolution(_norm(x, w.norms[2]), w, past, shape), dropout=dropout)
-        hidden = self._drop(w.ff2[0].silu(_norm(x, w.norms[3])))
-        x = w.ff2[1].add_to(x, hidden, dropout=dropout)
-        return _norm(x, w.norms[4])
+    def weights(self) -> list[LayerWeights]:
+        """Every layer's weights as the step reads them."""
+        return self._weights or [layer.weights(frozen=False) for layer in self._conformer_layers()]
 
-    def _attention(
-        self, x: Tensor, w: _LayerWeights, positions: _Positions, past: _Past | None, shape: _StepShape
-    ) -> Tensor:
-        """Relative-position attention of the new frames on the cached and the new ones."""
+    def subsample(
+        self, mel: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, shape: StepShape
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """``[B, 8T, mel_bins]`` to the first layer's input ``[B, T, d_model]``, and the stages' new past."""
+        x, after = self.pre_encode(mel, past, shape)
+        if self.config.xscaling:
+            x = x * math.sqrt(self.config.d_model)
+        return self._drop(x), after
+
+    def layer(self, x: Tensor, w: LayerWeights, positions: Positions, past: _Past | None, shape: StepShape) -> Tensor:
+        """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm."""
         B, D, H = len(shape.frames), x.shape[1], self.config.n_heads
         T = len(x) // B
-        new = w.qkv(x).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        x, qkv = self.enter(x, w)
+        new = qkv.view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
         query, keys, values = new.unbind()
         if past is not None:
-            both = torch.cat([past.attention, new[1:]], 3, out=past.attention_out)
-            keys, values = both.unbind()
+            keys, values = torch.cat([past.attention, new[1:]], 3, out=past.attention_out).unbind()
+        x = self.add_attention(x, w, self.attend(query, keys, values, positions, shape.visible, shape.bias))
+        y = _masked(self.gate_channels(x, w).view(B, T, D), shape.conv_mask)
+        if past is None:
+            y = F.pad(y, (0, 0, self.config.conv_kernel_size - 1, 0))
+        else:
+            y = torch.cat([past.conv, y], 1, out=past.conv_out)
+        return self.leave(x, w, self.convolve(y, w).reshape(B * T, D))
+
+    # A layer in the steps that the adaptive encoder takes apart; x is a list of frames, [N, D].
+
+    def enter(self, x: Tensor, w: LayerWeights) -> tuple[Tensor, Tensor]:
+        """The first half feed-forward, and queries, keys and values, ``[N, 3D]``."""
+        hidden = self._drop(w.ff1[0].silu(_norm(x, w.norms[0])))
+        x = w.ff1[1].add_to(x, hidden, dropout=self._rate)
+        return x, w.qkv(_norm(x, w.norms[1]))
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Positions,
+        visible: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Relative-position attention; ``query`` is ``[B, H, T, D/H]``, keys and values ``[B, H, K, D/H]``.
+
+        ``positions`` span the distances from the last query and the first key to the first query and the last
+        key. Returns ``[B * T, D]``.
+        """
+        B, H, T, width = query.shape
         K = keys.shape[2]
         # Heads first: the positions are the same for all rows, and one product a head serves them all.
-        of_all_rows = query.transpose(0, 1).reshape(H, B * T, D // H)
+        of_all_rows = query.transpose(0, 1).reshape(H, B * T, width)
         by_position = torch.baddbmm(positions.bias, of_all_rows, positions.keys)
         by_position = by_position.view(H, B, T, -1).transpose(0, 1)
         if T > 1:
             by_position = _relative_shift(by_position)
         scores = torch.baddbmm(
             by_position.reshape(B * H, T, K),
-            query.reshape(B * H, T, D // H),
-            keys.reshape(B * H, K, D // H).transpose(1, 2),
+            query.reshape(B * H, T, width),
+            keys.reshape(B * H, K, width).transpose(1, 2),
         ).float()
-        if shape.visible is not None:
-            scores = scores.view(B, H, T, K).masked_fill(~shape.visible, MASKED_SCORE).view(B * H, T, K)
-        weights = self._drop(torch.softmax(scores, -1).to(x.dtype))
-        mixed = torch.bmm(weights, values.reshape(B * H, K, D // H))
-        return mixed.view(B, H, T, D // H).transpose(1, 2).reshape(B * T, D)
+        if bias is not None:
+            scores = (scores.view(B, H, T, K) + bias).view(B * H, T, K)
+        if visible is not None:
+            scores = scores.view(B, H, T, K).masked_fill(~visible, MASKED_SCORE).view(B * H, T, K)
+        weights = self._drop(torch.softmax(scores, -1).to(query.dtype))
+        mixed = torch.bmm(weights, values.reshape(B * H, K, width))
+        return mixed.view(B, H, T, width).transpose(1, 2).reshape(B * T, H * width)
 
-    def _convolution(self, x: Tensor, w: _LayerWeights, past: _Past | None, shape: _StepShape) -> Tensor:
-        """The causal convolution module up to its last projection."""
-        B, D = len(shape.frames), x.shape[1]
-        T = len(x) // B
-        x = _masked(F.glu(w.pointwise1(x), -1).view(B, T, D), shape.conv_mask)
-        if past is None:
-            x = F.pad(x, (0, 0, self.config.conv_kernel_size - 1, 0))
-        else:
-            x = torch.cat([past.conv, x], 1, out=past.conv_out)
+    def add_attention(self, x: Tensor, w: LayerWeights, mixed: Tensor) -> Tensor:
+        """What attention found, added to the frames."""
+        return w.out.add_to(x, mixed, dropout=self._rate)
+
+    def gate_channels(self, x: Tensor, w: LayerWeights) -> Tensor:
+        """The convolution module up to the input of its depthwise convolution."""
+        return F.glu(w.pointwise1(_norm(x, w.norms[2])), -1)
+
+    def convolve(self, x: Tensor, w: LayerWeights) -> Tensor:
+        """The causal depthwise convolution ``[B, kernel - 1 + T, D]`` to ``[B, T, D]``, its norm and activation."""
         kernel, bias = w.depthwise
-        if T <= SHORT_STEP_FRAMES:
-            y = (x.unfold(1, kernel.shape[1], 1) * kernel).sum(-1)
+        size = kernel.shape[1]
+        if x.shape[1] - size < SHORT_STEP_FRAMES:
+            y = (x.unfold(1, size, 1) * kernel).sum(-1)
             y = y if bias is None else y + bias
         else:
-            y = F.conv1d(x.transpose(1, 2), kernel.unsqueeze(1), bias, groups=D).transpose(1, 2)
-        return F.silu(_norm(y, w.norms[5])).reshape(B * T, D)
+            y = F.conv1d(x.transpose(1, 2), kernel.unsqueeze(1), bias, groups=x.shape[2]).transpose(1, 2)
+        return F.silu(_norm(y, w.norms[5]))
+
+    def leave(self, x: Tensor, w: LayerWeights, convolved: Tensor) -> Tensor:
+        """The end of the convolution module, the second half feed-forward and the last norm."""
+        x = w.pointwise2.add_to(x, convolved, dropout=self._rate)
+        hidden = self._drop(w.ff2[0].silu(_norm(x, w.norms[3])))
+        x = w.ff2[1].add_to(x, hidden, dropout=self._rate)
+        return _norm(x, w.norms[4])
 
     # --------------------------------------------------------------------------------------------- positions
 
-    def _projected_positions(self, weights: list[_LayerWeights], like: Tensor, T: int, cached: int) -> list[_Positions]:
-        """Every layer's positions for a step of ``T`` frames.
+    def positions(self, weights: list[LayerWeights], first: int, count: int) -> list[Positions]:
+        """Every layer's positions for the distances ``first, first - 1, …``, ``count`` of them.
 
-        They do not depend on the stream: frozen weights keep them, one entry for every step length in use.
+        They do not depend on the stream: a frozen encoder keeps those that steps use.
         """
-        keep = self._weights is not None and cached > 0  # whole inputs come in endlessly many lengths
-        if keep and (T, cached) in self._positions:
-            return self._positions[T, cached]
+        furthest, kept = self._kept_distances
+        at = slice(furthest - first, furthest - first + count)
+        if not self._kept_positions or at.start < 0 or at.stop > kept:
+            return self._project_positions(weights, first, count)
+        if (first, count) not in self._positions:
+            views = [Positions(keys[:, :, at], bias[:, :, at]) for keys, bias in self._kept_positions]
+            self._positions[first, count] = views
+        return self._positions[first, count]
+
+    @property
+    def _kept_distances(self) -> tuple[int, int]:
+        furthest = self.config.left_context_frames + LONG_STEP_FRAMES
+        return furthest, furthest + 1 + LONG_STEP_FRAMES
+
+    def _project_positions(self, weights: list[LayerWeights], first: int, count: int) -> list[Positions]:
         D, H = self.config.d_model, self.config.n_heads
-        table = sinusoidal_positions(cached + T - 1, -(T - 1), D).to(like)
+        table = sinusoidal_positions(first, first - count + 1, D).to(self.pre_encode.out.weight)
         projected = []
         for w in weights:
             keys = F.linear(table, w.pos).view(-1, H, D // H).permute(1, 2, 0).contiguous()
-            projected.append(_Positions(keys, w.v_minus_u @ keys))
-        if keep:
-            self._positions[T, cached] = projected
+            projected.append(Positions(keys, w.v_minus_u @ keys))
         return projected
 
+    @property
+    def _rate(self) -> float:
+        return self.dropout if self.training else 0.0
+
     def _drop(self, x: Tensor) -> Tensor:
-        if self.dropout == 0.0 or not self.training:
-            return x
-        return F.dropout(x, self.dropout)
+        return F.dropout(x, self._rate) if self._rate else x
 
 
 def sinusoidal_positions(first: int, last: int, width: int) -> Tensor:
@@ -431,7 +490,7 @@ class _Subsampling(nn.Module):
         self.out = nn.Linear(channels * self.widths[-1], d_model)
 
     def forward(
-        self, mel: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, shape: _StepShape
+        self, mel: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, shape: StepShape
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """``[B, 8T, mel_bins]`` to ``[B, T, d_model]`` and the last input frame of each stage."""
         x, masks = mel[:, None], shape.subsampling_masks
@@ -475,8 +534,9 @@ class _Layer(nn.Module):
         self.norm_feed_forward2 = nn.LayerNorm(c.d_model)
         self.feed_forward2 = _FeedForward(c)
         self.norm_out = nn.LayerNorm(c.d_model)
+        self.lookahead = Scheduler(c.d_model, c.gate_hidden, c.gate_frames) if c.adaptive else None
 
-    def weights(self, *, frozen: bool) -> _LayerWeights:
+    def weights(self, *, frozen: bool) -> LayerWeights:
         """The parameters as the step reads them."""
         attention, conv = self.self_attn, self.conv
         scale = attention.pos_bias_u.shape[1] ** -0.5
@@ -495,7 +555,7 @@ class _Layer(nn.Module):
             self.norm_out,
             conv.batch_norm,
         )
-        return _LayerWeights(
+        return LayerWeights(
             norms=tuple((norm.weight, norm.bias) for norm in norms),
             ff1=self.feed_forward1.weights(frozen=frozen),
             ff2=self.feed_forward2.weights(frozen=frozen),
@@ -506,13 +566,15 @@ class _Layer(nn.Module):
             pointwise1=Linear(conv.pointwise_conv1.weight[:, :, 0], conv.pointwise_conv1.bias, frozen=frozen),
             depthwise=(conv.depthwise_conv.weight[:, 0], conv.depthwise_conv.bias),
             pointwise2=Linear(conv.pointwise_conv2.weight[:, :, 0], conv.pointwise_conv2.bias, frozen=frozen),
+            scheduler=self.lookahead,
         )
 
     def release(self) -> None:
         """Gives up the matrices that frozen weights have replaced."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv1d) and module is not self.self_attn.linear_pos:
-                if module is not self.conv.depthwise_conv:
+        kept = (self.self_attn.linear_pos, self.conv.depthwise_conv)
+        for part in (self.feed_forward1, self.self_attn, self.conv, self.feed_forward2):
+            for module in part.modules():
+                if isinstance(module, nn.Linear | nn.Conv1d) and module not in kept:
                     module.weight.data = module.weight.data.new_empty(0)
 
 

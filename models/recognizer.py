@@ -105,21 +105,25 @@ class Recognizer:
 
     @property
     def lookaheads_ms(self) -> tuple[int, ...]:
-        """The look-aheads that the model was trained on, ascending."""
+        """The look-aheads that the model was trained on, ascending; an adaptive one's are caps among others."""
         return tuple(sorted(frames * FRAME_MS for frames in self.config.encoder.lookahead_frames))
 
     def lookahead_frames(self, max_lookahead_ms: int | None) -> int:
-        """The largest trained look-ahead not above ``max_lookahead_ms``; None asks for the largest of all.
+        """The largest possible look-ahead not above ``max_lookahead_ms``; None asks for the largest of all.
+
+        It is one of those that the model was trained on, or, if its layers are adaptive, any number of frames.
 
         Raises:
             DragomanError: ``unsupported_lookahead`` if every trained look-ahead is above it.
         """
+        if self.config.encoder.adaptive and max_lookahead_ms is not None and max_lookahead_ms >= 0:
+            return min(max_lookahead_ms, self.lookaheads_ms[-1]) // FRAME_MS
         fitting = [ms for ms in self.lookaheads_ms if max_lookahead_ms is None or ms <= max_lookahead_ms]
         if not fitting:
             raise DragomanError(
                 "unsupported_lookahead",
                 f"max_lookahead_ms is {max_lookahead_ms}, the smallest look-ahead of model {self.name!r} is"
-                f" {self.lookaheads_ms[0]} ms; ask for at least that",
+                f" {0 if self.config.encoder.adaptive else self.lookaheads_ms[0]} ms; ask for at least that",
             )
         return fitting[-1] // FRAME_MS
 

@@ -1,19 +1,27 @@
 """Log-mel groups to encoder frames: which frames of which stream run in the next step.
 
-A stream's frames run in chunks of look-ahead + 1, and a chunk runs when all of it is there. Streams with
-different look-aheads, and streams that end, share one batch: each row has its own number of frames.
+A model that looks ahead in chunks runs a stream's frames in chunks of look-ahead + 1, each when all of it is there. An
+adaptive model takes every group as it comes, and its layers decide when a frame leaves. Streams with different
+look-aheads, and streams that end, share one batch: each row has its own number of frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from models import adaptive
+from models.adaptive import FrontierState
 from models.config import SUBSAMPLING_FACTOR
 from models.fastconformer import EncoderState, FastConformer
+
+#: An adaptive model has no chunks. It takes one frame a step, so that the numbers do not depend on how the audio came,
+#: or, where several chunks are allowed, so many frames for each.
+ADAPTIVE_CHUNK_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -24,27 +32,62 @@ class EncoderStream:
         state: The encoder's past, batch 1.
         groups: ``[n, 8, mel_bins]``, log-mel that is not encoded yet.
         slots: Real slots in ``groups``.
-        lookahead_frames: Of the next chunk; may be changed between steps.
+        lookaheads: ``int64[n]``, the look-ahead that was in force when each group came.
+        lookahead_frames: The look-ahead in force, of a chunk or at most; may be changed between steps.
         ended: No further groups will come, so the last chunk may be short.
     """
 
-    state: EncoderState
+    state: EncoderState | FrontierState
     groups: Tensor
     slots: int
+    lookaheads: Tensor
     lookahead_frames: int
     ended: bool = False
 
+    @classmethod
+    def begin(cls, encoder: FastConformer, lookahead_frames: int) -> EncoderStream:
+        """A stream that has not begun."""
+        init = adaptive.init_state(encoder, 1) if encoder.config.adaptive else encoder.init_state(1)
+        nothing = torch.zeros(0, SUBSAMPLING_FACTOR, encoder.mel_bins)
+        return cls(init, nothing, 0, torch.zeros(0, dtype=torch.int64), lookahead_frames)
+
     def extended(self, groups: Tensor, slots: int, *, ended: bool) -> EncoderStream:
         """The stream with more log-mel at its end."""
+        lookaheads = torch.full((len(groups),), self.lookahead_frames)
         return replace(
-            self, groups=torch.cat([self.groups, groups]), slots=self.slots + slots, ended=self.ended or ended
+            self,
+            groups=torch.cat([self.groups, groups]),
+            slots=self.slots + slots,
+            lookaheads=torch.cat([self.lookaheads, lookaheads]),
+            ended=self.ended or ended,
         )
 
     def ready_frames(self, max_chunks: int) -> int:
-        """Frames that the next step may encode: whole chunks, and at the end the rest."""
-        chunk = self.lookahead_frames + 1
-        available = min(len(self.groups), max_chunks * chunk)
+        """Groups that the next step may take: whole chunks, and at the end the rest."""
+        if isinstance(self.state, FrontierState):
+            return min(len(self.groups), 1 if max_chunks == 1 else max_chunks * ADAPTIVE_CHUNK_FRAMES)
+        if not len(self.groups):
+            return 0
+        chunk = self.chunk_frames
+        same = int((self.lookaheads == self.lookaheads[0]).long().cumprod(0).sum())
+        # Chunks of one size run together; one that began under another look-ahead than it ends is still one chunk.
+        available = min(len(self.groups), max_chunks * chunk, max(same, chunk))
         return available if self.ended and available == len(self.groups) else available // chunk * chunk
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames of the next chunk; there must be a group."""
+        return int(self.lookaheads[0]) + 1
+
+    def after(self, state: EncoderState | FrontierState, groups: int, slots: int) -> EncoderStream:
+        """The stream when a step has taken its first ``groups`` groups."""
+        return replace(
+            self,
+            state=state,
+            groups=self.groups[groups:],
+            slots=self.slots - slots,
+            lookaheads=self.lookaheads[groups:],
+        )
 
 
 @dataclass(frozen=True)
@@ -54,17 +97,28 @@ class Encoded:
     Attributes:
         row: Its row in the batch.
         start_frame: Number of its first new frame.
-        frames: How many are new.
-        chunk_frames: Look-ahead + 1 of the step.
+        reach: For each new frame, the number of the last frame of audio that it had to wait for.
     """
 
     row: int
     start_frame: int
-    frames: int
-    chunk_frames: int
+    reach: tuple[int, ...]
+
+    @property
+    def frames(self) -> int:
+        """How many frames are new."""
+        return len(self.reach)
+
+    def moments(self) -> Iterator[tuple[int, int, int]]:
+        """Frames that became known at the same moment of the audio: first, end, and the reach that they share."""
+        start = self.start_frame
+        for reach, frames in groupby(self.reach):
+            stop = start + len(list(frames))
+            yield start, stop, reach
+            start = stop
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def encode(
     encoder: FastConformer, streams: Sequence[EncoderStream], *, max_chunks: int = 1
 ) -> tuple[Tensor, list[Encoded], list[EncoderStream]]:
@@ -79,23 +133,56 @@ def encode(
     Returns:
         Frames ``[B, T, d_model]``, what each row holds, and the streams after the step.
     """
-    frames = [stream.ready_frames(max_chunks) for stream in streams]
+    counts = [stream.ready_frames(max_chunks) for stream in streams]
     like = encoder.pre_encode.out.weight
-    mel = like.new_zeros(len(streams), max(frames) * SUBSAMPLING_FACTOR, encoder.mel_bins)
-    slots, done = [], []
-    for row, (stream, count) in enumerate(zip(streams, frames, strict=True)):
+    mel = like.new_zeros(len(streams), max(counts) * SUBSAMPLING_FACTOR, encoder.mel_bins)
+    slots = []
+    for row, (stream, count) in enumerate(zip(streams, counts, strict=True)):
         mel[row, : count * SUBSAMPLING_FACTOR] = stream.groups[:count].flatten(0, 1)
         slots.append(min(stream.slots, count * SUBSAMPLING_FACTOR))
-        done.append(Encoded(row, int(stream.state.frames[0]), count, stream.lookahead_frames + 1))
-    encoded, state = encoder.step(
-        mel,
-        EncoderState.cat([stream.state for stream in streams]),
-        slots=torch.tensor(slots),
-        chunk_frames=torch.tensor([item.chunk_frames for item in done]),
-    )
-    assert state is not None
+    run = _adaptive if encoder.config.adaptive else _chunks
+    encoded, reaches, states = run(encoder, streams, mel, counts, torch.tensor(slots))
+    starts = [int(stream.state.frames[0]) for stream in streams]
+    done = [Encoded(row, *found) for row, found in enumerate(zip(starts, reaches, strict=True))]
     after = [
-        replace(stream, state=part, groups=stream.groups[count:], slots=stream.slots - real)
-        for stream, part, count, real in zip(streams, state.rows(), frames, slots, strict=True)
+        stream.after(state, count, real)
+        for stream, state, count, real in zip(streams, states, counts, slots, strict=True)
     ]
     return encoded, done, after
+
+
+_Result = tuple[Tensor, list[tuple[int, ...]], Sequence[EncoderState | FrontierState]]
+
+
+def _chunks(
+    encoder: FastConformer, streams: Sequence[EncoderStream], mel: Tensor, counts: list[int], slots: Tensor
+) -> _Result:
+    chunks = [stream.chunk_frames for stream in streams]
+    past = EncoderState.cat([stream.state for stream in streams if isinstance(stream.state, EncoderState)])
+    encoded, state = encoder.step(mel, past, slots=slots, chunk_frames=torch.tensor(chunks))
+    assert state is not None
+    starts = past.frames.tolist()
+    reaches = [
+        tuple(start + min(i // chunk * chunk + chunk, count) - 1 for i in range(count))
+        for start, count, chunk in zip(starts, counts, chunks, strict=True)
+    ]
+    return encoded, reaches, state.rows()
+
+
+def _adaptive(
+    encoder: FastConformer, streams: Sequence[EncoderStream], mel: Tensor, counts: list[int], slots: Tensor
+) -> _Result:
+    caps = torch.zeros(len(streams), max(counts), dtype=torch.int64)
+    for row, (stream, count) in enumerate(zip(streams, counts, strict=True)):
+        caps[row, :count] = stream.lookaheads[:count]
+    ended = [stream.ended and count == len(stream.groups) for stream, count in zip(streams, counts, strict=True)]
+    output, state = adaptive.step(
+        encoder,
+        mel,
+        FrontierState.cat([stream.state for stream in streams if isinstance(stream.state, FrontierState)]),
+        slots=slots,
+        max_lookahead_frames=caps,
+        ended=torch.tensor(ended),
+    )
+    reaches = [tuple(row[:n]) for row, n in zip(output.reach.tolist(), output.frames.tolist(), strict=True)]
+    return output.encoded, reaches, state.rows()

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import torch
 
 from models.config import FRAME_MS, FRAME_SAMPLES
 from models.recognizer import Recognizer
@@ -37,6 +36,8 @@ SAMPLES_PER_MS = 16
 Decoder = Literal["rnnt", "ctc"]
 #: Silence decoded after the end of the audio, so that the last word is emitted; at least one chunk.
 FLUSH_FRAMES = 4
+#: An adaptive model never needs more of it than the largest published chunk.
+MAX_FLUSH_FRAMES = 14
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class SessionConfig:
 
     Attributes:
         audio: Form of the samples that will be pushed.
-        max_lookahead_ms: The model runs at its largest trained look-ahead not above this; None: its largest.
+        max_lookahead_ms: A model that looks ahead in chunks runs at its largest trained look-ahead not above this; the
+            layers of an adaptive one never wait for longer. None: the model's largest.
         decoder: Which head of the model decodes.
         endpoint_silence_ms: Silence that closes a segment, 240 to 10,000 ms.
     """
@@ -80,12 +82,8 @@ class Session:
         self._audio = AudioNormalizer(self.config.audio)
         self._front_end = front_end(recognizer.config.features)
         self._features = self._front_end.init_state()
-        self._encoder = EncoderStream(
-            state=recognizer.net.encoder.init_state(1),
-            groups=torch.zeros(0, 8, recognizer.config.features.mel_bins),
-            slots=0,
-            lookahead_frames=recognizer.lookahead_frames(self.config.max_lookahead_ms),
-        )
+        lookahead_frames = recognizer.lookahead_frames(self.config.max_lookahead_ms)
+        self._encoder = EncoderStream.begin(recognizer.net.encoder, lookahead_frames)
         self.search = _search(recognizer, self.config.decoder)
         self._decoder = self.search.init_state(1)
         self._silence_frames = -(-self.config.endpoint_silence_ms // FRAME_MS)
@@ -161,6 +159,16 @@ class Session:
         events, self._events, self._fresh = self._events, (), ()
         return list(events)
 
+    def set_max_lookahead_ms(self, max_lookahead_ms: int | None) -> None:
+        """Changes the look-ahead for the audio that comes from now on; see :class:`SessionConfig`.
+
+        Raises:
+            DragomanError: ``unsupported_lookahead``.
+        """
+        lookahead_frames = self.recognizer.lookahead_frames(max_lookahead_ms)
+        self.config = replace(self.config, max_lookahead_ms=max_lookahead_ms)
+        self._encoder = replace(self._encoder, lookahead_frames=lookahead_frames)
+
     # ---------------------------------------------------------------------------------------------- internal
 
     def _take(self, samples: np.ndarray, *, last: bool) -> None:
@@ -183,8 +191,8 @@ class Session:
             self._emit(SessionClosed(self._next_seq(), 0))
             return
         heard = self._audio_samples
-        padding = max(FLUSH_FRAMES, self._encoder.lookahead_frames + 1) * FRAME_SAMPLES
-        self._take(np.zeros(padding, np.float32), last=True)
+        padding_frames = max(FLUSH_FRAMES, min(self._encoder.lookahead_frames + 1, MAX_FLUSH_FRAMES))
+        self._take(np.zeros(padding_frames * FRAME_SAMPLES, np.float32), last=True)
         self._audio_samples = heard
 
     def _drain(self) -> list[Event]:
@@ -193,19 +201,17 @@ class Session:
         return self.take_events()
 
     def _decoded(self, done: Encoded, tokens: list[Token]) -> None:
-        """Takes the pieces of a step, chunk by chunk, as if each chunk had been a step of its own."""
+        """Takes the pieces of a step in the order in which the audio made them known."""
         self._fresh = (*self._fresh, *tokens)
         end = done.start_frame + done.frames
-        for start in range(done.start_frame, end, done.chunk_frames):
-            stop = min(start + done.chunk_frames, end)
-            chunk = [token for token in tokens if start <= token.frame < stop]
-            words, self._text = self._words.add(chunk, self._text)
+        for start, stop, reach in done.moments():
+            words, self._text = self._words.add([t for t in tokens if start <= t.frame < stop], self._text)
             ended, self._text = self._words.at_endpoint(stop, self._text, partial(self._silent, stop))
             finished = stop == end and self._at_end()
             if ended or finished:
                 last, self._text = self._words.close_word(self._text)
                 words += last
-            self._tell(words, stop, closes=ended or finished)
+            self._tell(words, reach, closes=ended or finished)
         if self._at_end():
             self._emit(SessionClosed(self._next_seq(), self._audio_samples // SAMPLES_PER_MS))
         self._forget(end)
@@ -213,10 +219,10 @@ class Session:
     def _at_end(self) -> bool:
         return self._encoder.ended and not len(self._encoder.groups)
 
-    def _tell(self, words: list[EmittedWord], end_frame: int, *, closes: bool) -> None:
+    def _tell(self, words: list[EmittedWord], reach: int, *, closes: bool) -> None:
         if words:
             audio_ms = self._audio_samples // SAMPLES_PER_MS
-            needed_ms = -(-((end_frame - 1) * FRAME_SAMPLES + GROUP_TAIL_SAMPLES) // SAMPLES_PER_MS)
+            needed_ms = -(-(reach * FRAME_SAMPLES + GROUP_TAIL_SAMPLES) // SAMPLES_PER_MS)
             # At the end, what was decided in the padding belongs to the last moment of the audio.
             limit_ms = min(needed_ms, audio_ms) if self._closed else needed_ms
             times = [word.word.clipped(limit_ms) for word in words]

@@ -27,11 +27,13 @@ def tokenizer() -> bytes:
     return model.getvalue()
 
 
-def config(*, layers: int = 2, d_model: int = 32, pred_layers: int = 1, use_bias: bool = True) -> ModelConfig:
-    """A shape with four look-aheads and a left context of 28 frames."""
+def config(
+    *, layers: int = 2, d_model: int = 32, pred_layers: int = 1, use_bias: bool = True, gates: int = 0
+) -> ModelConfig:
+    """A shape with four look-aheads, or with gates, and a left context of 28 frames."""
     encoder = EncoderConfig(
         n_layers=layers, d_model=d_model, n_heads=4, subsampling_conv_channels=8, use_bias=use_bias,
-        left_context_frames=28, lookahead_frames=(6, 3, 1, 0),
+        left_context_frames=28, lookahead_frames=(layers * gates,) if gates else (6, 3, 1, 0), gate_frames=gates,
     )  # fmt: skip
     decoder = DecoderConfig(vocab_size=PIECES, pred_hidden=24, pred_layers=pred_layers, joint_hidden=40)
     return ModelConfig(FeatureConfig(), encoder, vocab_size=PIECES, decoder=decoder, name="tiny")
@@ -47,10 +49,13 @@ def net(shape: ModelConfig | None = None, seed: int = 0) -> RecognizerNet:
         net.transducer.joint.joint_net[2].bias[PIECES] += 2.0
         net.ctc_decoder.decoder_layers[0].bias[PIECES] += 1.0
         net.transducer.decoder.prediction.embed.weight[PIECES] = 0
+        for layer in net.encoder.layers if net.config.encoder.adaptive else ():
+            layer.lookahead.scores.bias.normal_(1.0, 0.5)
+            layer.lookahead.scores.weight.normal_(0.0, 1.5)
     return net
 
 
 @cache
-def recognizer(seed: int = 0) -> Recognizer:
+def recognizer(seed: int = 0, gates: int = 0) -> Recognizer:
     """A frozen tiny model with its tokenizer."""
-    return Recognizer(net(seed=seed), tokenizer())
+    return Recognizer(net(config(gates=gates), seed), tokenizer())

@@ -13,7 +13,7 @@ NET = tiny.net().encoder.freeze()
 
 
 def stream(lookahead: int) -> EncoderStream:
-    return EncoderStream(NET.init_state(1), torch.zeros(0, 8, 80), 0, lookahead)
+    return EncoderStream.begin(NET, lookahead)
 
 
 def test_a_chunk_runs_when_it_is_whole() -> None:

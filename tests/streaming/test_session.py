@@ -14,6 +14,8 @@ from streaming.session import Session, SessionConfig, tick
 from tests import tiny
 
 LOOKAHEADS_MS = [0, 80, 240, 480]
+#: A model that looks ahead in chunks, and one whose layers decide.
+GATES = st.sampled_from([0, 3])
 
 
 def audio(samples: int, seed: int) -> np.ndarray:
@@ -27,8 +29,8 @@ def config(lookahead_ms: int = 480, decoder: str = "rnnt", rate_hz: int = 16000)
     return SessionConfig(AudioFormat("s16le", rate_hz), lookahead_ms, decoder, endpoint_silence_ms=400)  # type: ignore[arg-type]
 
 
-def alone(pcm: np.ndarray, settings_: SessionConfig) -> list[Event]:
-    session = Session(tiny.recognizer(), settings_)
+def alone(pcm: np.ndarray, settings_: SessionConfig, gates: int = 0) -> list[Event]:
+    session = Session(tiny.recognizer(gates=gates), settings_)
     return session.push(pcm.tobytes()) + session.finish()
 
 
@@ -48,18 +50,19 @@ def wire(events: list[Event]) -> list[str]:
     decoder=st.sampled_from(["rnnt", "ctc"]),
     rate_hz=st.sampled_from([8000, 16000, 44100]),
     cuts=st.lists(st.integers(0, 120_000), max_size=10),
+    gates=GATES,
 )
 def test_any_chunking_gives_identical_events(
-    samples: int, seed: int, lookahead_ms: int, decoder: str, rate_hz: int, cuts: list[int]
+    samples: int, seed: int, lookahead_ms: int, decoder: str, rate_hz: int, cuts: list[int], gates: int
 ) -> None:
     pcm, settings_ = audio(samples, seed), config(lookahead_ms, decoder, rate_hz)
     data = pcm.tobytes()
-    session, events, start = Session(tiny.recognizer(), settings_), [], 0
+    session, events, start = Session(tiny.recognizer(gates=gates), settings_), [], 0
     for end in [*sorted(min(cut, len(data)) for cut in cuts), len(data)]:
         events += session.push(data[start:end])
         start = end
     events += session.finish()
-    assert events == alone(pcm, settings_)
+    assert events == alone(pcm, settings_, gates)
     assert [event.seq for event in events] == list(range(len(events)))
     assert isinstance(events[-1], SessionClosed)
 
@@ -76,7 +79,8 @@ def test_company_and_batching_change_nothing(data: st.DataObject) -> None:
         )
     )
     pcms = [audio(samples, i) for i, (samples, _, _) in enumerate(kinds)]
-    sessions = [Session(tiny.recognizer(), config(ms, decoder)) for _, ms, decoder in kinds]
+    gates = data.draw(GATES)
+    sessions = [Session(tiny.recognizer(gates=gates), config(ms, decoder)) for _, ms, decoder in kinds]
     sent, events = [0] * len(kinds), [[] for _ in kinds]
     closed = [False] * len(kinds)
     while not all(closed) or any(session.ready() for session in sessions):
@@ -92,16 +96,16 @@ def test_company_and_batching_change_nothing(data: st.DataObject) -> None:
         tick(sessions, max_chunks=data.draw(st.integers(1, 4)))
     for i, session in enumerate(sessions):
         events[i] += session.take_events()
-        assert wire(events[i]) == wire(alone(pcms[i], config(*kinds[i][1:])))
+        assert wire(events[i]) == wire(alone(pcms[i], config(*kinds[i][1:]), gates))
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 40), at=st.integers(1, 100_000), lookahead_ms=st.sampled_from(LOOKAHEADS_MS))
-def test_a_flush_changes_no_later_segment(seed: int, at: int, lookahead_ms: int) -> None:
+@given(seed=st.integers(0, 40), at=st.integers(1, 100_000), lookahead_ms=st.sampled_from(LOOKAHEADS_MS), gates=GATES)
+def test_a_flush_changes_no_later_segment(seed: int, at: int, lookahead_ms: int, gates: int) -> None:
     """Words of the segments after the flush point's own are those of the transcript without a flush."""
     pcm = audio(110_000, seed)
-    plain = [e for e in alone(pcm, config(lookahead_ms)) if isinstance(e, TranscriptDelta)]
-    session = Session(tiny.recognizer(), config(lookahead_ms))
+    plain = [e for e in alone(pcm, config(lookahead_ms), gates) if isinstance(e, TranscriptDelta)]
+    session = Session(tiny.recognizer(gates=gates), config(lookahead_ms))
     before = session.push(pcm[:at])
     flushed = session.flush()
     events = before + flushed + session.push(pcm[at:]) + session.finish()
@@ -130,6 +134,44 @@ def test_a_flush_tells_everything_so_far_and_nothing_twice() -> None:
     rest = session.finish()
     assert text(rest) == ""
     assert isinstance(rest[-1], SessionClosed)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 40), lookahead_ms=st.sampled_from(LOOKAHEADS_MS), gates=GATES)
+def test_words_come_when_the_audio_that_they_needed_is_there(seed: int, lookahead_ms: int, gates: int) -> None:
+    """Replayed in steps of 10 ms, every event comes with the very push that completes ``emitted_ms``."""
+    session, pcm = Session(tiny.recognizer(gates=gates), config(lookahead_ms)), audio(40_000, seed)
+    for start in range(0, len(pcm), 160):
+        for event in session.push(pcm[start : start + 160]):
+            assert isinstance(event, TranscriptDelta)
+            assert start < event.emitted_ms * 16 <= start + 160 + 15
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(1, 20_000), st.sampled_from(LOOKAHEADS_MS)), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=4),
+    gates=GATES,
+)
+def test_the_look_ahead_may_change_while_the_stream_runs(
+    changes: list[tuple[int, int]], cuts: list[int], gates: int
+) -> None:
+    """It holds for the audio that comes after, whenever that is computed."""
+
+    def run(cuts: list[int], *, push: bool) -> list[Event]:
+        session, events, start = Session(tiny.recognizer(gates=gates), config(480)), [], 0
+        for samples, lookahead_ms in changes:
+            begin = start
+            for end in sorted({min(cut, samples) for cut in cuts} | {samples}):
+                session.write(pcm[start : begin + end].tobytes())
+                start = begin + end
+                if push:
+                    events += session.push(b"")
+            session.set_max_lookahead_ms(lookahead_ms)
+        return events + session.push(pcm[start:].tobytes()) + session.finish()
+
+    pcm = audio(60_000, 3)
+    assert run(cuts, push=True) == run([1], push=False)
 
 
 def test_segments_end_at_pauses_and_nowhere_else() -> None:

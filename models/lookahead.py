@@ -1,0 +1,159 @@
+"""Adaptive look-ahead: each layer decides for each frame how many of the next frames it waits for.
+
+The idea is that of the adaptive non-causal attention transducer (Strimel et al., "Lookahead When It Matters",
+arXiv 2305.04159), whose abstract claims that look-ahead chosen per frame and layer, trained together with a loss on
+the latency that it causes, costs fewer errors at the same latency than fixed look-ahead. The definition below is ours:
+
+*Gates.* A scheduler reads the frame's input to the layer and scores the next R frames. Gate ``j`` is the product of
+the first ``j`` scores' sigmoids, so gates never rise with distance. Training adds the logarithm of the gates to
+the attention's scores and sharpens the sigmoids as it goes on; inference counts the leading positive scores.
+
+*Reach.* A frame's reach is the number of the last audio frame that has to be there before it can run. A layer
+adds what it asks for; frames run in order, and a frame that attends to its past has to wait for what the past waited
+for, so reach is a running maximum.
+
+*Deadline.* A session's cap bounds the reach of frame ``i`` by ``i`` + cap. Whatever has not come by then is
+done without.
+
+A frame's place in the audio, its reach and its deadline are counted in encoder frames; all integer tensors here
+live on the host when a stream runs, and on the device when a batch is trained.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Reach of a frame that has not come yet.
+NOT_YET = 1 << 40
+#: No gate closes below this, so that a closed one still learns.
+SMALLEST_LOG_GATE = -14.0
+
+
+class Scheduler(nn.Module):
+    """Scores of the next frames from a frame's own input to a layer.
+
+    Args:
+        d_model: Width of the input.
+        hidden: Width of the one hidden layer.
+        frames: How many next frames there are to choose from.
+    """
+
+    def __init__(self, d_model: int, hidden: int, frames: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.hidden = nn.Linear(d_model, hidden)
+        self.scores = nn.Linear(hidden, frames)
+        nn.init.zeros_(self.scores.weight)
+        nn.init.constant_(self.scores.bias, 2.0)  # a young model looks ahead, and learns when it need not
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, d_model]`` to scores ``[…, frames]``; positive means wait for it."""
+        scores: Tensor = self.scores(F.silu(self.hidden(self.norm(x))))
+        return scores
+
+
+def log_gates(scores: Tensor, temperature: float) -> Tensor:
+    """Logarithms of the prefix gates, fp32, non-increasing along the last dimension.
+
+    Args:
+        scores: ``[…, R]``.
+        temperature: Above 0; towards 0 the gates become the hard decision.
+    """
+    return F.logsigmoid(scores.float() / temperature).cumsum(-1)
+
+
+def asked_frames(scores: Tensor) -> Tensor:
+    """How many next frames a frame waits for: its leading positive scores, ``int64[…]`` in 0 … R."""
+    return (scores > 0).long().cumprod(-1).sum(-1)
+
+
+class Settled(NamedTuple):
+    """What is decided about the frames of a window.
+
+    Attributes:
+        known: ``bool[B, W]``, whether the frame can run.
+        within: ``int64[B, W]``, how many next frames are there by its deadline.
+        taken: ``int64[B, W]``, how many of them it sees.
+        when: ``int64[B, W]``, its own reach, before the running maximum.
+    """
+
+    known: Tensor
+    within: Tensor
+    taken: Tensor
+    when: Tensor
+
+
+def settle(
+    asked: Tensor, reach: Tensor, deadline: Tensor, *, arrived: Tensor, fed: Tensor, ended: Tensor, frames: int
+) -> Settled:
+    """Decides which frames of a layer can run, and on how much of their future.
+
+    A frame runs when all that it asked for has arrived, when its deadline has passed, or when the audio has
+    ended; it sees what it asked for as far as that is within its deadline. The decision depends on reaches alone, not
+    on when the audio came.
+
+    Args:
+        asked: ``int64[B, W]`` of each frame in the layer's window, oldest first.
+        reach: ``int64[B, W]``, reach of the layer's inputs, non-decreasing along a row.
+        deadline: ``int64[B, W]``, non-decreasing along a row and never below ``reach``.
+        arrived: ``int64[B]``, how many frames of each row's window are there.
+        fed: ``int64[B]``, audio frames that have entered the encoder.
+        ended: ``bool[B]``, whether no more will.
+        frames: R, the most that may be asked for.
+    """
+    slot = torch.arange(asked.shape[1], device=asked.device)
+    there = torch.where(slot < arrived[:, None], reach, NOT_YET)
+    future = F.pad(there, (0, frames), value=NOT_YET).unfold(1, frames + 1, 1)
+    within = (future <= deadline[:, :, None]).sum(-1) - 1
+    wanted = future.gather(2, asked[:, :, None])[:, :, 0]
+    last = (fed - 1)[:, None]
+    known = (wanted != NOT_YET) | (last >= deadline) | ended[:, None]
+    when = torch.minimum(torch.where(ended[:, None], torch.minimum(wanted, last), wanted), deadline)
+    return Settled(known, within, torch.minimum(asked, within), when)
+
+
+def soft_reach(log_gate: Tensor, reach: Tensor, frames: Tensor) -> Tensor:
+    """Expected reach of a layer's outputs if each gate is the probability that it is open, ``float[B, T]``.
+
+    With gates of 0 and 1 it is the hard reach.
+
+    Args:
+        log_gate: ``[B, T, R]``.
+        reach: ``float[B, T]`` of the layer's inputs.
+        frames: ``int64[B]``, real frames of each row; nothing reaches beyond them.
+    """
+    B, T, R = log_gate.shape
+    gate = F.pad(log_gate.exp(), (1, 0), value=1.0)
+    stops = gate - F.pad(gate[:, :, 1:], (0, 1))  # probability of waiting for exactly j frames
+    last = (frames - 1).to(reach.dtype)[:, None]
+    beyond = torch.cat([torch.minimum(reach, last), last.expand(B, R)], 1)
+    beyond = torch.where(torch.arange(T + R, device=reach.device) < frames[:, None], beyond, last)
+    return (stops * beyond.unfold(1, R + 1, 1)).sum(-1).cummax(1).values
+
+
+def attention_bias(log_gate: Tensor, keys: int) -> Tensor:
+    """What the gates add to the scores of a whole input, ``[B, 1, T, keys]``: nothing for the past.
+
+    Keys more than R frames ahead have to be masked.
+    """
+    B, T, R = log_gate.shape
+    ahead = torch.arange(keys, device=log_gate.device) - torch.arange(T, device=log_gate.device)[:, None]
+    by_distance = F.pad(log_gate.clamp(min=SMALLEST_LOG_GATE), (1, 0))
+    return by_distance.gather(2, ahead.clamp(0, R).expand(B, T, keys))[:, None]
+
+
+def latency_loss(reach: Tensor, weight: Tensor, frames: Tensor) -> Tensor:
+    """Mean delay in frames, weighted by where something is emitted; waiting in silence is free.
+
+    Args:
+        reach: ``float[B, T]`` of the last layer's outputs.
+        weight: ``[B, T]``, probability that a frame emits; no gradient flows through it.
+        frames: ``int64[B]``, real frames of each row.
+    """
+    frame = torch.arange(reach.shape[1], device=reach.device)
+    weight = weight.detach() * (frame < frames[:, None])
+    return ((reach - frame) * weight).sum() / weight.sum().clamp(min=1e-6)

@@ -1,0 +1,98 @@
+"""Gates and reach: what a frame waits for, soft and hard."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.lookahead import asked_frames, attention_bias, latency_loss, log_gates, settle, soft_reach
+
+
+def naive_reach(asked: list[list[int]], cap: int) -> list[list[int]]:
+    """Reach of every layer, frame by frame, as the module's text says it."""
+    T = len(asked[0])
+    before, layers = list(range(T)), []
+    for row in asked:
+        after: list[int] = []
+        for i, r in enumerate(row):
+            deadline = i + cap
+            wanted = before[i + r] if i + r < T else T - 1
+            after.append(max([min(wanted, deadline), *after[-1:]]))
+        layers.append(after)
+        before = after
+    return layers
+
+
+@st.composite
+def decisions(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    T, R = draw(st.integers(1, 14)), draw(st.integers(1, 4))
+    row = st.lists(st.integers(0, R), min_size=T, max_size=T)
+    return draw(st.lists(row, min_size=1, max_size=4)), R
+
+
+def hard_gates(asked: Tensor, R: int) -> Tensor:
+    return torch.where(torch.arange(R) < asked[..., None], 0.0, -torch.inf)
+
+
+@settings(max_examples=80, deadline=None)
+@given(decisions(), st.integers(0, 10))
+def test_reach_is_that_of_the_definition(drawn: tuple[list[list[int]], int], cap: int) -> None:
+    layers, R = drawn
+    T = len(layers[0])
+    reach = torch.arange(T)[None]
+    deadline, whole = reach + cap, torch.tensor([T])
+    for asked, expected in zip(layers, naive_reach(layers, cap), strict=True):
+        settled = settle(
+            torch.tensor([asked]), reach, deadline, arrived=whole, fed=whole, ended=torch.tensor([True]), frames=R
+        )
+        assert settled.known.all()
+        reach = settled.when.cummax(1).values
+        assert reach[0].tolist() == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(decisions())
+def test_soft_reach_of_gates_of_0_and_1_is_the_hard_one(drawn: tuple[list[list[int]], int]) -> None:
+    layers, R = drawn
+    T = len(layers[0])
+    soft = torch.arange(T + 3)[None].float()  # three frames of padding
+    for asked, expected in zip(layers, naive_reach(layers, 10**6), strict=True):
+        gates = hard_gates(torch.tensor([asked + [R] * 3]), R)
+        soft = soft_reach(gates, soft, torch.tensor([T]))
+        assert soft[0, :T].tolist() == expected
+
+
+@given(st.lists(st.lists(st.floats(-4, 4), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_cold_gates_are_the_hard_decision(rows: list[list[float]]) -> None:
+    scores = torch.tensor(rows).round(decimals=2) + 0.005  # none on the fence
+    open_ = log_gates(scores, 1e-4).exp().round().sum(-1).long()
+    assert torch.equal(open_, asked_frames(scores))
+    warm = log_gates(scores, 1.0)
+    assert (warm.diff(dim=-1) <= 0).all()
+
+
+def test_bias_falls_on_the_future_only() -> None:
+    gates = log_gates(torch.randn(2, 5, 2), 1.0)
+    bias = attention_bias(gates, 5)[:, 0]
+    for i in range(5):
+        assert (bias[:, i, : i + 1] == 0).all()
+        for j in (1, 2):
+            if i + j < 5:
+                assert torch.equal(bias[:, i, i + j], gates[:, i, j - 1])
+
+
+def test_waiting_in_silence_is_free_and_waiting_for_words_is_not() -> None:
+    reach = torch.tensor([[3.0, 3.0, 3.0, 3.0, 9.0]])
+    frames = torch.tensor([4])
+    assert latency_loss(reach, torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]]), frames).item() == 1.0
+    assert latency_loss(reach, torch.zeros(1, 5), frames).item() == 0.0
+
+
+def test_the_latency_loss_closes_gates() -> None:
+    scores = torch.full((1, 12, 3), 1.0, requires_grad=True)
+    reach = soft_reach(log_gates(scores, 1.0), torch.arange(12)[None].float(), torch.tensor([12]))
+    latency_loss(reach, torch.ones(1, 12), torch.tensor([12])).backward()
+    assert scores.grad is not None
+    assert (scores.grad[0, :9] >= 0).all() and scores.grad.sum() > 0
