@@ -6,13 +6,14 @@ sentence and exit code 2. What takes long to import is imported by the command t
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -22,6 +23,7 @@ from streaming.errors import DragomanError
 if TYPE_CHECKING:
     from client.files import AudioSource
     from streaming.audio import Encoding
+    from streaming.session import Decoder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(help="List, fetch and import models.", no_args_is_help=True)
@@ -232,6 +234,80 @@ def live(
                 token=token,
             )
         )
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(metavar="MANIFEST...", help="JSON lines with audio, relative to the manifest, and text."),
+    ],
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    decoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="rnnt|ctc", help="Head of the model to score; may be given twice. Left out: rnnt."),
+    ] = None,
+    max_lookahead_ms: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--max-lookahead-ms",
+            metavar="MS",
+            min=0,
+            help="Look-ahead to score, in milliseconds; may be given several times. Left out: the model's largest.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score the first so many utterances of each set.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Recordings worked on at a time.")] = 16,
+    replay: Annotated[
+        int, typer.Option(min=0, help="Recordings of each set to replay as live streams, for delay with computing.")
+    ] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. Left out: its own choice.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a report in JSON.")] = None,
+    curve: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw word error rate over delay, to a .png or .svg; needs matplotlib."),
+    ] = None,
+) -> None:
+    """Score a model on recordings whose words are known: word error rate, delay of the words, speed.
+
+    What cannot be read is named on standard error; the others are scored, and the exit code is 2.
+    """
+    problems: set[str] = set()
+    with one_sentence():
+        import torch
+
+        from client.evaluate import read_sets, score, session_configs
+        from client.progress import counted
+        from client.report import Conditions, draw_curve, json_report, print_scores, require_curve, require_output
+        from models.checkpoint import load_recognizer
+
+        if json_file is not None:
+            require_output(json_file)
+        if curve is not None:
+            require_curve(curve)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        sets = read_sets(manifests, limit)
+        recognizer = load_recognizer(model, device=device, dtype=dtype)
+        configs = session_configs(recognizer, cast("list[Decoder]", decoder or ["rnnt"]), max_lookahead_ms or [None])
+        load_before, scores = os.getloadavg(), []
+        for speech, config in counted([(speech, config) for speech in sets for config in configs]):
+            scores.append(score(recognizer, speech, config, batch_size=batch_size, replay=replay))
+            for problem in scores[-1].problems:
+                if problem not in problems:  # each setting has met it
+                    complain(problem)
+                problems.add(problem)
+        conditions = Conditions.now(context.params, recognizer.name, load_before)
+        print_scores(scores, conditions)
+        if json_file is not None:
+            json_file.write_text(json_report(scores, conditions), encoding="utf-8")
+        if curve is not None:
+            draw_curve(scores, recognizer.name, curve)
+    if problems:
+        raise typer.Exit(2)
 
 
 @models_app.command("list")

@@ -2,13 +2,22 @@
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.text import Text
+
+_Item = TypeVar("_Item")
+
+
+def counted(items: Sequence[_Item]) -> Iterable[_Item]:
+    """The items one by one; on a terminal's standard error, a bar tells how many are done."""
+    console = Console(stderr=True)
+    return track(items, "", console=console, transient=True, disable=not console.is_terminal)
 
 
 class Display:

@@ -28,6 +28,7 @@ class Step:
         duration_s: How long it is, where known.
         problem: One sentence, if it could not be read, or not to its end.
         done: Whether this is its last step.
+        ended: Whether the recording had ended before `events` were decided.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Step:
     duration_s: float | None = None
     problem: str | None = None
     done: bool = False
+    ended: bool = False
 
 
 def transcribe(
@@ -124,7 +126,7 @@ class _Job:
         if self.done:
             self.source.close()
         problem = self._problem if self.done else None
-        return Step(self.index, events, self._read_s, self.source.duration_s, problem, self.done)
+        return Step(self.index, events, self._read_s, self.source.duration_s, problem, self.done, self._at_end)
 
     def _seconds(self, block: bytes | Samples) -> float:
         fmt = self.source.format

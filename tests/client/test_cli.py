@@ -164,9 +164,9 @@ def test_help_is_quick_and_names_units() -> None:
     )
     assert time.monotonic() - started_s < 10
     assert helped.returncode == 0
-    for command in ("transcribe", "serve", "live", "models"):
+    for command in ("transcribe", "serve", "live", "eval", "models"):
         assert command in helped.stdout
-    for heavy in ("torch", "numpy", "av", "websockets"):
+    for heavy in ("torch", "numpy", "av", "websockets", "jiwer", "matplotlib"):
         assert f"| {heavy}\n" not in helped.stderr, f"{heavy} is imported for --help"
 
 

@@ -7,17 +7,18 @@ python -m training.asr.export --run runs/first --tokenizer tokenizer.model --not
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from client.evaluate import read_sets, score, session_configs
+from client.report import markdown_table
 from models.checkpoint import load_recognizer, save_checkpoint
 from models.config import ModelConfig
 from models.recognizer import RecognizerNet
-from streaming.session import Decoder
-from training.asr.validate import score, table
 
 SCORES_MARK = "<!-- scores -->"
 STEPS_MARK = "<!-- steps -->"
@@ -47,17 +48,24 @@ def run_export(
     manifest: Annotated[list[Path], typer.Option(help="What to score; may be given several times.")],
     threads: int = 2,
 ) -> None:
-    """Exports, scores every manifest at the largest and the smallest look-ahead, and writes the card."""
+    """Exports, scores every manifest with both heads, the transducer at every look-ahead, and writes the card.
+
+    A recording that cannot be read is named, and leaves the card without scores.
+    """
     torch.set_num_threads(threads)
     export(run, tokenizer, out, notes.read_text(encoding="utf-8"))
     recognizer = load_recognizer(out)
-    largest = recognizer.lookaheads_ms[-1]
-    settings: list[tuple[Decoder, int]] = [("ctc", largest), *(("rnnt", ms) for ms in recognizer.lookaheads_ms)]
-    scores = [score(recognizer, file, decoder=head, max_lookahead_ms=ms) for file in manifest for head, ms in settings]
-    (run / "scores.json").write_text(json.dumps([s.__dict__ for s in scores], indent=2) + "\n", encoding="utf-8")
-    card = (out / "README.md").read_text(encoding="utf-8").replace(SCORES_MARK, table(scores))
+    configs = session_configs(recognizer, ["ctc"])
+    configs += session_configs(recognizer, ["rnnt"], recognizer.lookaheads_ms)
+    scores = [score(recognizer, speech, config) for speech in read_sets(manifest) for config in configs]
+    if problems := sorted({problem for s in scores for problem in s.problems}):
+        typer.echo("\n".join(problems), err=True)
+        raise typer.Exit(2)
+    (run / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n", encoding="utf-8")
+    table = markdown_table(scores)
+    card = (out / "README.md").read_text(encoding="utf-8").replace(SCORES_MARK, table)
     (out / "README.md").write_text(card, encoding="utf-8")
-    print(table(scores))
+    print(table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         --weight libri_clean=2
 
 ``packed/audio.i16`` is all utterances' 16 kHz int16 samples (little endian) end to end;
-``packed/index.jsonl`` has a line for each: `offset_samples`, `n_samples`, `text` (see `training.asr.text`),
+``packed/index.jsonl`` has a line for each: `offset_samples`, `n_samples`, `text` (see `client.normalize`),
 `speaker`, `source` (the manifest's name) and `weight`.
 """
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from training.asr.text import normalize_transcript
+from client.normalize import normalize_transcript
 
 __all__ = ["SAMPLE_RATE_HZ", "PackedUtterance", "SourceSummary", "pack", "read_audio", "rejection"]
 

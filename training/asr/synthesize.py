@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 import typer
 
-from training.asr.text import normalize_transcript, spell_out
+from client.normalize import normalize_transcript, spell_out
 from training.asr.voices import SAMPLE_RATE_HZ, Engine, Espeak, Flite, Samples, SpeechError, Voice
 
 __all__ = ["compose", "fingerprint", "make_engine", "read_sentences", "synthesize", "usable_sentences"]

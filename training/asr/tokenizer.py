@@ -13,8 +13,8 @@ from typing import Annotated
 import sentencepiece
 import typer
 
+from client.normalize import normalize_transcript
 from training.asr.synthesize import read_sentences
-from training.asr.text import normalize_transcript
 
 
 def run(

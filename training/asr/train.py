@@ -1,4 +1,7 @@
-"""Trains a recogniser: hybrid transducer and CTC loss on packed speech, look-ahead drawn per utterance.
+"""Trains a recogniser: hybrid transducer and CTC loss on packed speech.
+
+The look-ahead is drawn per utterance from a few chunk sizes, or, with ``--gates``, chosen by the layers themselves
+under a loss on the latency that they cause (see :mod:`models.lookahead`).
 
     python -m training.asr.train --train packed/real --train packed/synth --tokenizer tokenizer.model \
         --valid dev.jsonl --out run --steps 6000
@@ -31,7 +34,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from client.evaluate import read_sets, score, session_configs
+from client.report import percent
+from models.adaptive import encode_whole
 from models.config import SUBSAMPLING_FACTOR, DecoderConfig, EncoderConfig, FeatureConfig, ModelConfig
+from models.lookahead import latency_loss
 from models.recognizer import Recognizer, RecognizerNet
 from streaming.session import Decoder
 from training.asr.augment import Augmenter
@@ -62,6 +69,13 @@ class Recipe:
             have about this many cells; all of them would cost more than the encoder.
         ctc_weight: Share of the CTC loss once both are there.
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
+        latency_weight: Of the loss on the mean delay in frames; with gates only.
+        latency_from_step: Gates stand open until here, and the delay costs nothing.
+        hardening_steps: Over so many steps from there on, the gates' temperature falls from 1 to ``coldest``, and the
+            latency loss rises to its weight.
+        coldest: Temperature at which training sees nearly the hard gates of inference.
+        capped_share: Share of the utterances under a cap on the reach, drawn evenly from 0 … ``largest_cap``.
+        largest_cap: Frames.
         freq_masks, freq_width: SpecAugment in mel bins (Park et al. 2019).
         time_masks, time_share: SpecAugment in time, each at most this share of the utterance.
     """
@@ -82,14 +96,20 @@ class Recipe:
     rnnt_cells: int = 15_000
     ctc_weight: float = 0.5
     altered_share: float = 0.4
+    latency_weight: float = 0.02
+    latency_from_step: int = 2600
+    hardening_steps: int = 3000
+    coldest: float = 0.1
+    capped_share: float = 0.4
+    largest_cap: int = 14
     freq_masks: int = 1
     freq_width: int = 16
     time_masks: int = 1
     time_share: float = 0.05
 
 
-def first_model_config() -> ModelConfig:
-    """The shape of the first embedded model: 10.6 M parameters."""
+def small_model_config(gates: int = 0) -> ModelConfig:
+    """The shape of the embedded model: 10.6 M parameters, and 0.1 M more with gates over the next ``gates`` frames."""
     encoder = EncoderConfig(
         n_layers=6,
         d_model=256,
@@ -97,7 +117,8 @@ def first_model_config() -> ModelConfig:
         subsampling_conv_channels=64,
         xscaling=False,
         left_context_frames=56,
-        lookahead_frames=(6, 3, 1, 0),
+        lookahead_frames=(12, 6, 3, 1, 0) if gates else (6, 3, 1, 0),
+        gate_frames=gates,
     )
     decoder = DecoderConfig(vocab_size=256, pred_hidden=256, joint_hidden=256)
     return ModelConfig(FeatureConfig(), encoder, vocab_size=256, decoder=decoder, name="en-small")
@@ -138,6 +159,8 @@ class Trainer:
         total = losses["ctc"] + losses.get("flat", 0.0)
         if "rnnt" in losses:
             total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
+        if "delay" in losses:
+            total = total + self.recipe.latency_weight * self._hardness() * losses["delay"]
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if torch.distributed.is_initialized():
@@ -153,10 +176,7 @@ class Trainer:
         recipe, net = self.recipe, self.net
         easy = self.step < recipe.easy_steps
         mel = (batch.mel if easy else spec_augment(batch.mel, batch.slots, recipe)).to(self.device)
-        lookaheads = net.config.encoder.lookahead_frames
-        chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
-        chunk_frames = chunks[torch.randint(len(chunks), (len(mel),))]
-        encoded, _ = net.encoder.step(mel, None, slots=batch.slots, chunk_frames=chunk_frames)
+        encoded, reach = self._encode(mel, batch.slots, easy=easy)
         frames = -(-batch.slots // SUBSAMPLING_FACTOR)
         targets, lengths = batch.targets.to(self.device), batch.target_lengths
         pieces = lengths.sum()
@@ -164,20 +184,44 @@ class Trainer:
         scores = net.ctc_decoder(encoded).float().log_softmax(-1).transpose(0, 1)
         blank = net.config.vocab_size
         ctc = F.ctc_loss(scores, targets, frames, lengths, blank, reduction="sum", zero_infinity=True) / pieces
+        losses = {"ctc": ctc}
+        if reach is not None and self.step >= recipe.latency_from_step:
+            emits = 1 - scores[:, :, blank].exp().transpose(0, 1)
+            losses["delay"] = latency_loss(reach, emits, frames.to(self.device))
         if self.step < recipe.flat_steps:
             aligned = flat_alignment(batch, blank).to(self.device)
             flat = F.nll_loss(scores.permute(1, 2, 0), aligned, ignore_index=-1)
-            return {"ctc": ctc, "flat": flat}
+            return losses | {"flat": flat}
         if self.step < recipe.rnnt_from_step:
-            return {"ctc": ctc}
+            return losses
         cells = int(frames.max()) * (int(lengths.max()) + 1)
         part = torch.randperm(len(frames))[: max(1, recipe.rnnt_cells // cells)]
         frames, lengths = frames[part], lengths[part]
         targets = targets[part, : int(lengths.max())]
         lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets)
         rnnt = transducer_loss(lattice, targets, frames.to(self.device), lengths.to(self.device), blank)
-        pieces = lengths.sum()
-        return {"ctc": ctc, "rnnt": rnnt / pieces}
+        return losses | {"rnnt": rnnt / lengths.sum()}
+
+    def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor | None]:
+        """Encoder frames, and of an adaptive model the soft reach."""
+        recipe, encoder, B = self.recipe, self.net.encoder, len(mel)
+        if encoder.config.adaptive:
+            caps = torch.full((B,), encoder.config.n_layers * encoder.config.gate_frames)
+            if not easy:
+                capped = torch.rand(B) < recipe.capped_share
+                caps = torch.where(capped, torch.randint(recipe.largest_cap + 1, (B,)), caps)
+            temperature = recipe.coldest ** self._hardness()
+            whole = encode_whole(encoder, mel, slots=slots, max_lookahead_frames=caps, temperature=temperature)
+            return whole.encoded, whole.soft_reach
+        lookaheads = encoder.config.lookahead_frames
+        chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
+        chunk_frames = chunks[torch.randint(len(chunks), (B,))]
+        return encoder.step(mel, None, slots=slots, chunk_frames=chunk_frames)[0], None
+
+    def _hardness(self) -> float:
+        """From 0, when the gates are as soft as can be, to 1."""
+        since = self.step - self.recipe.latency_from_step
+        return min(1.0, max(0.0, since / self.recipe.hardening_steps))
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -209,7 +253,9 @@ class Trainer:
 
     def start_from(self, model: Path) -> None:
         """Takes the weights of a model folder; the optimiser starts anew, behind the recipe's first stages."""
-        self.net.load_checkpoint(load_file(model / "model.safetensors"))
+        tensors = load_file(model / "model.safetensors")
+        gates = {name: tensor for name, tensor in self.net.checkpoint().items() if ".lookahead." in name}
+        self.net.load_checkpoint(gates | tensors)  # a model without gates gets new ones
         self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
         self.step = max(self.recipe.easy_steps, self.recipe.rnnt_from_step)
 
@@ -307,6 +353,8 @@ def run(
     valid_every_steps: int = 500,
     noise: Annotated[Path | None, typer.Option(help="Manifest of noises and impulse responses.")] = None,
     init: Annotated[Path | None, typer.Option(help="Model folder whose weights a new run starts from.")] = None,
+    gates: Annotated[int, typer.Option(help="Next frames that each layer may wait for; 0: fixed chunks.")] = 0,
+    latency_weight: Annotated[float, typer.Option(help="Of the mean delay in frames; with gates.")] = 0.02,
     threads: int = 2,
     device: str = "cpu",
     bf16: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
@@ -318,7 +366,7 @@ def run(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:  # several processes under torchrun
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    recipe, config = Recipe(), first_model_config()
+    recipe, config = Recipe(latency_weight=latency_weight), small_model_config(gates)
     trainer = Trainer(config, recipe, device, autocast=bf16)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "last.pt"
@@ -399,16 +447,16 @@ def _validate(trainer: Trainer, tokenizer: Path, manifests: list[Path]) -> None:
     """Logs the word error rates of the averaged weights."""
     if not manifests:
         return
-    from training.asr.validate import score
-
     # The heads are scored through the sessions that serve people; a young transducer has nothing to say yet.
     heads: tuple[Decoder, ...] = ("rnnt", "ctc")
     heads = heads if trainer.step > trainer.recipe.rnnt_from_step else heads[1:]
     recognizer = Recognizer(trainer.averaged(), tokenizer.read_bytes())
-    for manifest in manifests:
-        scores = [score(recognizer, manifest, decoder=head, limit=80) for head in heads]
-        figures = " ".join(f"{s.decoder} {100 * s.wer:.1f}%" for s in scores)
-        logger.info("step %d WER on %s: %s", trainer.step, manifest.stem, figures)
+    for speech in read_sets(manifests, limit=80):
+        scores = [score(recognizer, speech, config) for config in session_configs(recognizer, heads)]
+        figures = " ".join(f"{s.decoder} {percent(s.errors.wer)}%" for s in scores)
+        logger.info("step %d WER on %s: %s", trainer.step, speech.name, figures)
+        for problem in scores[0].problems:
+            logger.warning("left out: %s", problem)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+import typer
 
+from models.adaptive import encode_whole
 from models.config import FeatureConfig
 from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed
-from training.asr.export import export
-from training.asr.train import Recipe, Trainer, flat_alignment, lr_scale, spec_augment
+from training.asr.export import SCORES_MARK, export, run_export
+from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, spec_augment
 
 RECIPE = Recipe(easy_steps=0, flat_steps=5, rnnt_from_step=5, warmup_steps=1, peak_lr=3e-3)
 
@@ -42,6 +47,34 @@ def test_both_losses_fall_on_what_can_be_learnt() -> None:
     assert "rnnt" in losses[5] and "flat" not in losses[5]
     assert losses[-1]["rnnt"] < 0.5 * losses[5]["rnnt"]
     assert losses[-1]["ctc"] < 0.7 * losses[0]["ctc"]
+
+
+def test_gates_close_where_the_delay_costs_much() -> None:
+    def delays(weight: float) -> list[float]:
+        recipe = dataclasses.replace(RECIPE, latency_weight=weight, latency_from_step=5, hardening_steps=20)
+        learner = Trainer(tiny.config(gates=3), recipe, "cpu", autocast=False)
+        losses, data = [learner.train_step(batch(), 1.0) for _ in range(40)], batch()
+        assert "delay" not in losses[0] and losses[-1]["ctc"] < 0.8 * losses[0]["ctc"]
+        whole = encode_whole(
+            learner.net.encoder.eval(), data.mel, slots=data.slots, max_lookahead_frames=torch.full((3,), 6)
+        )
+        hard = (whole.reach - torch.arange(whole.reach.shape[1])).float()[:, :10].mean().item()
+        return [losses[5]["delay"], losses[-1]["delay"], hard]
+
+    free, dear = delays(0.0), delays(3.0)
+    assert free[0] == pytest.approx(dear[0], rel=1e-3)
+    assert dear[1] < 0.3 * free[1]
+    assert dear[2] < 0.5 * free[2]
+
+
+def test_a_model_with_gates_may_start_from_one_without(tmp_path: Path) -> None:
+    learner = trainer()
+    learner.save(tmp_path / "last.pt")
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    export(tmp_path, tmp_path / "tokenizer.model", tmp_path / "model", "card")
+    started = Trainer(tiny.config(gates=2), RECIPE, "cpu", autocast=False)
+    started.start_from(tmp_path / "model")
+    assert started.train_step(batch(), 0.1)["ctc"] > 0
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
@@ -94,6 +127,48 @@ def test_export_writes_the_average_in_bf16(tmp_path: Path) -> None:
     net = load_recognizer(tmp_path / "model").net
     expected = learner.average["encoder.pre_encode.out.weight"].bfloat16().float()
     assert torch.equal(net.encoder.pre_encode.out.weight, expected)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Two recordings of noise."""
+    records = []
+    for i, text in enumerate(("the speaker is $5", "is still talking")):
+        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, 24_000), 16_000)
+        records.append(json.dumps({"audio": f"{i}.wav", "text": text}))
+    file = tmp_path / "dev.jsonl"
+    file.write_text("\n".join(records))
+    return file
+
+
+def test_an_exported_card_has_the_scores_of_what_is_in_the_folder(tmp_path: Path, manifest: Path) -> None:
+    trainer().save(tmp_path / "last.pt")
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    (tmp_path / "notes.md").write_text(f"before\n\n{SCORES_MARK}\n\nafter\n")
+    out, threads = tmp_path / "model", torch.get_num_threads()
+    files = {"tokenizer": tmp_path / "tokenizer.model", "notes": tmp_path / "notes.md"}
+    run_export(tmp_path, **files, out=out, manifest=[manifest], threads=threads)
+    card = (out / "README.md").read_text()
+    rows = re.findall(r"\| dev \| 2 \| 8 \| (rnnt|ctc) \| (\d+) ms \| [\d.]+ % \| (?:\d+|–) / (?:\d+|–) \|", card)
+    assert rows == [("ctc", "480"), *(("rnnt", ms) for ms in ("0", "80", "240", "480"))]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [(s["decoder"], str(s["lookahead_ms"])) for s in scores] == rows
+    (tmp_path / "0.wav").unlink()
+    with pytest.raises(typer.Exit):
+        run_export(tmp_path, **files, out=out, manifest=[manifest], threads=threads)
+    assert SCORES_MARK in (out / "README.md").read_text()
+
+
+def test_validation_logs_the_rates_of_the_heads_that_are_trained(
+    tmp_path: Path, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    learner = trainer()
+    for step, rates in ((1, r"ctc [\d.]+%"), (9, r"rnnt [\d.]+% ctc [\d.]+%")):
+        learner.step = step
+        with caplog.at_level(logging.INFO, "training.asr.train"):
+            _validate(learner, tmp_path / "tokenizer.model", [manifest])
+        assert re.fullmatch(rf"step {step} WER on dev: {rates}", caplog.messages[-1])
 
 
 def test_the_flat_start_covers_the_loud_part_in_order() -> None:

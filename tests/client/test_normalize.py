@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from training.asr.text import normalize_transcript, spell_out
+from client.normalize import normalize_transcript, spell_out
 
 SPOKEN = {
     "It's a DOG-house, isn't it?": "it's a dog house isn't it",
