@@ -19,6 +19,7 @@ import signal
 import ssl
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from websockets.typing import Origin
 from models.recognizer import Recognizer
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated
+from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated, TranscriptDelta
 from streaming.session import Session, SessionConfig, tick
 
 PATH: Final = "/v1/realtime/translations"
@@ -87,7 +88,14 @@ class Command(Enum):
     CLOSE = "session.close"
 
 
-ClientMessage = SessionConfig | bytes | Command
+@dataclass(frozen=True)
+class LookaheadChange:
+    """What a client may still change when its audio has begun; as in `SessionConfig`."""
+
+    max_lookahead_ms: int | None
+
+
+ClientMessage = SessionConfig | LookaheadChange | bytes | Command
 
 
 class Stream:
@@ -103,14 +111,36 @@ class Stream:
         self._loop = loop
         self._waiting_bytes = 0
         self._max_waiting_bytes = 0
+        self._format = AudioFormat()
+        self._heard_bytes = 0
+        self._arrivals: deque[tuple[float, float]] = deque()  # audio so far in ms, and the clock when it was there
 
     def put(self, message: ClientMessage) -> None:
         """Queue a message for the engine; called on the event loop."""
         if isinstance(message, SessionConfig):
-            fmt = message.audio
-            self._max_waiting_bytes = _MAX_WAITING_S * fmt.sample_rate_hz * fmt.bytes_per_sample
+            self._format = message.audio
+            self._max_waiting_bytes = _MAX_WAITING_S * self._bytes_per_s
+        elif isinstance(message, bytes):
+            self._heard_bytes += len(message)
+            self._arrivals.append((1000 * self._heard_bytes / self._bytes_per_s, time.monotonic()))
         self.inbox.append(message)
         self._account(_size(message))
+
+    @property
+    def _bytes_per_s(self) -> int:
+        return self._format.sample_rate_hz * self._format.bytes_per_sample
+
+    def timed(self, events: Sequence[Event]) -> list[Event]:
+        """Write into deltas how long the audio that they needed has been here; called on the engine's thread."""
+        now, timed = time.monotonic(), list(events)
+        for i, event in enumerate(events):
+            if isinstance(event, TranscriptDelta):
+                arrived = next((at for audio_ms, at in self._arrivals if audio_ms >= event.emitted_ms), now)
+                timed[i] = replace(event, backlog_ms=round(1000 * (now - arrived)))
+        decided_ms = self.session.decided_ms if self.session else 0
+        while self._arrivals and self._arrivals[0][0] < decided_ms:
+            self._arrivals.popleft()
+        return timed
 
     def took(self, message: ClientMessage) -> None:
         """Tell that the engine is done with a message; called on the engine's thread."""
@@ -223,19 +253,29 @@ class Engine:
                 except DragomanError:
                     self._flush(stream, stream.session)  # what was said before
                     raise
+            elif isinstance(message, LookaheadChange):
+                self._change(stream, stream.session, message)
             elif message is Command.FLUSH:
                 self._flush(stream, stream.session)
             else:
                 stream.session.close_input()
         return fed
 
+    def _change(self, stream: Stream, session: Session, change: LookaheadChange) -> None:
+        try:
+            session.set_max_lookahead_ms(change.max_lookahead_ms)
+        except DragomanError as error:
+            stream.tell(ErrorEvent(0, error.code, str(error)))
+        else:
+            stream.tell(SessionUpdated(describe(session.config, self._recognizer), 0))
+
     def _flush(self, stream: Stream, session: Session) -> None:
-        stream.tell(*session.take_events(), *session.flush())
+        stream.tell(*stream.timed([*session.take_events(), *session.flush()]))
 
     def _collect(self, stream: Stream) -> None:
         if stream.session is None or stream.over:
             return
-        events = stream.session.take_events()
+        events = stream.timed(stream.session.take_events())
         stream.tell(*events)
         if any(isinstance(event, SessionClosed) for event in events):
             stream.over = True
@@ -359,12 +399,7 @@ class Service:
                 if stream.over:
                     continue
                 try:
-                    message = frame if isinstance(frame, bytes) else parse_message(frame)
-                    if declared and isinstance(message, SessionConfig):
-                        raise DragomanError(
-                            "session_already_declared",
-                            "session.update comes once, before the first audio: connect again to change it",
-                        )
+                    message = frame if isinstance(frame, bytes) else parse_message(frame, declared=declared)
                 except DragomanError as error:
                     if not declared:
                         stream.fail(error.code, str(error), CloseCode.POLICY_VIOLATION)
@@ -412,12 +447,17 @@ def describe(config: SessionConfig, recognizer: Recognizer) -> dict[str, Any]:
         "audio": {"input": {"format": fmt}, "output": {"languages": []}},
         "decoder": config.decoder,
         "max_lookahead_ms": config.max_lookahead_ms,
+        "lookahead": config.lookahead or ("adaptive" if recognizer.adaptive else "fixed"),
         "endpoint_silence_ms": config.endpoint_silence_ms,
     }
 
 
-def parse_message(text: str) -> ClientMessage:
+def parse_message(text: str, *, declared: bool = False) -> ClientMessage:
     """Read one JSON event of a client.
+
+    Args:
+        text: The event.
+        declared: Whether the session has been declared, so that little of it can still be changed.
 
     Raises:
         DragomanError: With a code, and a sentence that names the field and says what belongs there.
@@ -429,7 +469,8 @@ def parse_message(text: str) -> ClientMessage:
     kind = event.get("type") if isinstance(event, dict) else None
     match kind:
         case "session.update":
-            return _session_config(_section(event, "the event", "type", "event_id", "session").get("session"))
+            settings = _section(event, "the event", "type", "event_id", "session").get("session")
+            return _lookahead_change(settings) if declared else _session_config(settings)
         case "session.input_audio_buffer.append":
             audio = _value(_section(event, "the event", "type", "event_id", "audio"), "audio", str, "")
             try:
@@ -447,7 +488,7 @@ def parse_message(text: str) -> ClientMessage:
 
 
 def _session_config(value: object) -> SessionConfig:
-    session = _section(value, "session", "audio", "decoder", "max_lookahead_ms", "endpoint_silence_ms")
+    session = _section(value, "session", "audio", "decoder", "max_lookahead_ms", "lookahead", "endpoint_silence_ms")
     audio = _section(session.get("audio"), "session.audio", "input", "output")
     audio_input = _section(audio.get("input"), "session.audio.input", "format")
     where = "session.audio.input.format"
@@ -469,9 +510,20 @@ def _session_config(value: object) -> SessionConfig:
     return SessionConfig(
         audio=audio_format,
         max_lookahead_ms=_value(session, "session.max_lookahead_ms", int, None),
+        lookahead=_value(session, "session.lookahead", str, defaults.lookahead),
         decoder=_value(session, "session.decoder", str, defaults.decoder),
         endpoint_silence_ms=_value(session, "session.endpoint_silence_ms", int, defaults.endpoint_silence_ms),
     )
+
+
+def _lookahead_change(value: object) -> LookaheadChange:
+    if not isinstance(value, dict) or value.keys() != {"max_lookahead_ms"}:
+        raise DragomanError(
+            "session_already_declared",
+            "after the first session.update or audio, only session.max_lookahead_ms can be changed: send it alone,"
+            " or connect again to change the rest",
+        )
+    return LookaheadChange(_value(value, "session.max_lookahead_ms", int, None))
 
 
 def _section(value: object, path: str, *keys: str) -> dict[str, Any]:

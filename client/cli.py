@@ -23,7 +23,7 @@ from streaming.errors import DragomanError
 if TYPE_CHECKING:
     from client.files import AudioSource
     from streaming.audio import Encoding
-    from streaming.session import Decoder
+    from streaming.session import Decoder, Lookahead
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(help="List, fetch and import models.", no_args_is_help=True)
@@ -45,8 +45,16 @@ LookaheadOption = Annotated[
         "--max-lookahead-ms",
         metavar="MS",
         min=0,
-        help="Audio that may be heard before a sound is decided, in milliseconds: the model's largest"
-        " trained look-ahead not above this is used. Left out: its largest.",
+        help="Audio that may be heard before a sound is decided, in milliseconds. A model that looks ahead in chunks"
+        " uses its largest trained look-ahead not above this. Left out: the model's largest.",
+    ),
+]
+PolicyOption = Annotated[
+    Literal["fixed", "adaptive"] | None,
+    typer.Option(
+        "--lookahead",
+        help="For a model that looks ahead in chunks: chunks of one size, or each as small as leaves no doubt."
+        " Left out: fixed.",
     ),
 ]
 RateOption = Annotated[int, typer.Option("--rate", metavar="HZ", help="Sample rate of raw PCM, in Hz.")]
@@ -109,6 +117,7 @@ def transcribe(
     dtype: DtypeOption = "float32",
     decoder: DecoderOption = "rnnt",
     max_lookahead_ms: LookaheadOption = None,
+    lookahead: PolicyOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings worked on at a time.")] = 8,
     rate: RateOption = 16_000,
     channels: ChannelsOption = 1,
@@ -130,7 +139,7 @@ def transcribe(
         from streaming.session import SessionConfig
 
         openers = [partial(_open_source, name, encoding, rate, channels) for name in files]
-        config = SessionConfig(max_lookahead_ms=max_lookahead_ms, decoder=decoder)
+        config = SessionConfig(max_lookahead_ms=max_lookahead_ms, lookahead=lookahead, decoder=decoder)
         recognizer = load_recognizer(model, device=device, dtype=dtype)
         with display:
             for step in run(openers, recognizer, config, batch_size=batch_size):
@@ -207,6 +216,7 @@ def live(
     fast: Annotated[bool, typer.Option("--fast", help="Send as fast as the service takes it.")] = False,
     decoder: DecoderOption = "rnnt",
     max_lookahead_ms: LookaheadOption = None,
+    lookahead: PolicyOption = None,
     token: TokenOption = None,
     rate: RateOption = 16_000,
     channels: ChannelsOption = 1,
@@ -230,7 +240,7 @@ def live(
                 url,
                 make_writer(output_format, file),
                 pace=None if fast else pace,
-                session={"decoder": decoder, "max_lookahead_ms": max_lookahead_ms},
+                session={"decoder": decoder, "max_lookahead_ms": max_lookahead_ms, "lookahead": lookahead},
                 token=token,
             )
         )
@@ -258,6 +268,10 @@ def evaluate(
             min=0,
             help="Look-ahead to score, in milliseconds; may be given several times. Left out: the model's largest.",
         ),
+    ] = None,
+    lookahead: Annotated[
+        list[str] | None,
+        typer.Option(metavar="fixed|adaptive", help="Policy to score; may be given twice. Left out: the model's own."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first so many utterances of each set.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings worked on at a time.")] = 16,
@@ -292,7 +306,12 @@ def evaluate(
             torch.set_num_threads(threads)
         sets = read_sets(manifests, limit)
         recognizer = load_recognizer(model, device=device, dtype=dtype)
-        configs = session_configs(recognizer, cast("list[Decoder]", decoder or ["rnnt"]), max_lookahead_ms or [None])
+        configs = session_configs(
+            recognizer,
+            cast("list[Decoder]", decoder or ["rnnt"]),
+            max_lookahead_ms or [None],
+            cast("list[Lookahead]", lookahead or [None]),
+        )
         load_before, scores = os.getloadavg(), []
         for speech, config in counted([(speech, config) for speech in sets for config in configs]):
             scores.append(score(recognizer, speech, config, batch_size=batch_size, replay=replay))

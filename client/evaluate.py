@@ -36,7 +36,7 @@ from models.vad import is_silent
 from streaming.audio import SAMPLE_RATE_HZ, Samples
 from streaming.errors import DragomanError
 from streaming.events import Event, TranscriptDelta
-from streaming.session import Decoder, Session, SessionConfig
+from streaming.session import Decoder, Lookahead, Session, SessionConfig
 
 NORMALISER: Final = f"{normalize_transcript.__module__}.{normalize_transcript.__qualname__}"
 """Name of the function that both sides of a word error rate go through."""
@@ -234,6 +234,7 @@ class Score:
         manifest: Name of the set.
         decoder: ``rnnt`` or ``ctc``.
         lookahead_ms: Look-ahead that the session may use, in milliseconds.
+        adaptive: Whether it uses less where that is enough.
         utterances: How many were scored.
         left_out: How many were not, for want of a usable reference or of a readable recording.
         errors: Word errors.
@@ -247,6 +248,7 @@ class Score:
     manifest: str
     decoder: Decoder
     lookahead_ms: int
+    adaptive: bool
     utterances: int
     left_out: int
     errors: WordErrors
@@ -256,11 +258,17 @@ class Score:
     replay: Replay | None
     problems: tuple[str, ...] = ()
 
+    @property
+    def lookahead(self) -> str:
+        """The look-ahead as people read it."""
+        return f"{'≤ ' if self.adaptive else ''}{self.lookahead_ms} ms"
+
 
 def session_configs(
     recognizer: Recognizer,
     decoders: Iterable[Decoder] = ("rnnt",),
     max_lookaheads_ms: Iterable[int | None] = (None,),
+    policies: Iterable[Lookahead | None] = (None,),
 ) -> list[SessionConfig]:
     """The settings to score: every decoder at every look-ahead, each once.
 
@@ -269,14 +277,16 @@ def session_configs(
         decoders: Heads of the model.
         max_lookaheads_ms: As in :class:`streaming.session.SessionConfig`; those that come to the same trained
             look-ahead are one.
+        policies: As ``lookahead`` in :class:`streaming.session.SessionConfig`.
 
     Raises:
         DragomanError: ``unsupported_decoder`` or ``unsupported_lookahead``.
     """
     lookaheads_ms = dict.fromkeys(recognizer.lookahead_frames(ms) * FRAME_MS for ms in max_lookaheads_ms)
     configs = [
-        SessionConfig(max_lookahead_ms=ms, decoder=decoder)
+        SessionConfig(max_lookahead_ms=ms, lookahead=policy, decoder=decoder)
         for decoder in dict.fromkeys(decoders)
+        for policy in dict.fromkeys(policies)
         for ms in lookaheads_ms
     ]
     for config in configs:
@@ -315,6 +325,7 @@ def score(
         manifest=speech.name,
         decoder=config.decoder,
         lookahead_ms=recognizer.lookahead_frames(config.max_lookahead_ms) * FRAME_MS,
+        adaptive=recognizer.adaptive or config.lookahead == "adaptive",
         utterances=len(sound),
         left_out=len(speech.utterances) - len(sound),
         errors=WordErrors.of([reference for _, reference, _ in sound], [ear.text for _, _, ear in sound]),

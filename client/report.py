@@ -79,7 +79,7 @@ def _cells(score: Score) -> list[str]:
     return [
         score.manifest,
         score.decoder,
-        f"{score.lookahead_ms} ms",
+        score.lookahead,
         str(score.utterances),
         str(score.left_out),
         str(errors.words),
@@ -108,7 +108,7 @@ def markdown_table(scores: Sequence[Score]) -> str:
     ]
     for s in scores:
         rows.append(
-            f"| {s.manifest} | {s.utterances} | {s.errors.words} | {s.decoder} | {s.lookahead_ms} ms"
+            f"| {s.manifest} | {s.utterances} | {s.errors.words} | {s.decoder} | {s.lookahead}"
             f" | {percent(s.errors.wer)} % | {_whole(s.delay.p50_ms)} / {_whole(s.delay.p95_ms)} |"
         )
     return "\n".join(rows)
@@ -178,13 +178,15 @@ def curve_points(scores: Sequence[Score]) -> dict[str, list[tuple[float, float, 
     """What the curve shows.
 
     Returns:
-        For each set and decoder, ``"SET, DECODER"``, a point for each look-ahead, ascending: mean algorithmic delay
-        in ms, word error rate in per cent, look-ahead in ms. A score without words or timed words has none.
+        For each set and decoder, ``"SET, DECODER"`` or ``"SET, DECODER, adaptive"``, a point for each look-ahead,
+        ascending: mean algorithmic delay in ms, word error rate in per cent, look-ahead in ms. A score without words or
+        timed words has none.
     """
     lines: dict[str, list[tuple[float, float, int]]] = {}
     for score in scores:
         if score.errors.wer is not None and score.delay.mean_ms is not None:
-            points = lines.setdefault(f"{score.manifest}, {score.decoder}", [])
+            name = f"{score.manifest}, {score.decoder}{', adaptive' if score.adaptive else ''}"
+            points = lines.setdefault(name, [])
             points.append((score.delay.mean_ms, 100 * score.errors.wer, score.lookahead_ms))
     return {name: sorted(points, key=lambda point: point[2]) for name, points in lines.items()}
 

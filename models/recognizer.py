@@ -104,6 +104,11 @@ class Recognizer:
         return self.net.encoder.pre_encode.out.weight.dtype
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the layers decide how far they look ahead."""
+        return self.config.encoder.adaptive
+
+    @property
     def lookaheads_ms(self) -> tuple[int, ...]:
         """The look-aheads that the model was trained on, ascending; an adaptive one's are caps among others."""
         return tuple(sorted(frames * FRAME_MS for frames in self.config.encoder.lookahead_frames))
@@ -116,14 +121,14 @@ class Recognizer:
         Raises:
             DragomanError: ``unsupported_lookahead`` if every trained look-ahead is above it.
         """
-        if self.config.encoder.adaptive and max_lookahead_ms is not None and max_lookahead_ms >= 0:
+        if self.adaptive and max_lookahead_ms is not None and max_lookahead_ms >= 0:
             return min(max_lookahead_ms, self.lookaheads_ms[-1]) // FRAME_MS
         fitting = [ms for ms in self.lookaheads_ms if max_lookahead_ms is None or ms <= max_lookahead_ms]
         if not fitting:
             raise DragomanError(
                 "unsupported_lookahead",
                 f"max_lookahead_ms is {max_lookahead_ms}, the smallest look-ahead of model {self.name!r} is"
-                f" {0 if self.config.encoder.adaptive else self.lookaheads_ms[0]} ms; ask for at least that",
+                f" {0 if self.adaptive else self.lookaheads_ms[0]} ms; ask for at least that",
             )
         return fitting[-1] // FRAME_MS
 

@@ -1,8 +1,9 @@
 """Log-mel groups to encoder frames: which frames of which stream run in the next step.
 
-A model that looks ahead in chunks runs a stream's frames in chunks of look-ahead + 1, each when all of it is there. An
-adaptive model takes every group as it comes, and its layers decide when a frame leaves. Streams with different
-look-aheads, and streams that end, share one batch: each row has its own number of frames.
+A model that looks ahead in chunks runs a stream's frames in chunks of look-ahead + 1, each when all of it is there. A
+stream may also try the sizes that the model was trained on, the smallest first: a chunk that leaves doubts is put
+aside, and tried again when there is enough audio for the next size. An adaptive model takes every group as it comes,
+and its layers decide when a frame leaves. Streams of all kinds, and streams that end, share one batch.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class EncoderStream:
         slots: Real slots in ``groups``.
         lookaheads: ``int64[n]``, the look-ahead that was in force when each group came.
         lookahead_frames: The look-ahead in force, of a chunk or at most; may be changed between steps.
+        trial_sizes: Chunk sizes to try before the largest, ascending; none for chunks of one size.
+        trial: How many of them have left doubts about the next chunk.
         ended: No further groups will come, so the last chunk may be short.
     """
 
@@ -42,14 +45,16 @@ class EncoderStream:
     slots: int
     lookaheads: Tensor
     lookahead_frames: int
+    trial_sizes: tuple[int, ...] = ()
+    trial: int = 0
     ended: bool = False
 
     @classmethod
-    def begin(cls, encoder: FastConformer, lookahead_frames: int) -> EncoderStream:
+    def begin(cls, encoder: FastConformer, lookahead_frames: int, trial_sizes: tuple[int, ...] = ()) -> EncoderStream:
         """A stream that has not begun."""
         init = adaptive.init_state(encoder, 1) if encoder.config.adaptive else encoder.init_state(1)
         nothing = torch.zeros(0, SUBSAMPLING_FACTOR, encoder.mel_bins)
-        return cls(init, nothing, 0, torch.zeros(0, dtype=torch.int64), lookahead_frames)
+        return cls(init, nothing, 0, torch.zeros(0, dtype=torch.int64), lookahead_frames, trial_sizes)
 
     def extended(self, groups: Tensor, slots: int, *, ended: bool) -> EncoderStream:
         """The stream with more log-mel at its end."""
@@ -68,7 +73,7 @@ class EncoderStream:
             return min(len(self.groups), 1 if max_chunks == 1 else max_chunks * ADAPTIVE_CHUNK_FRAMES)
         if not len(self.groups):
             return 0
-        chunk = self.chunk_frames
+        chunk, max_chunks = self.chunk_frames, 1 if self.trial_sizes else max_chunks
         same = int((self.lookaheads == self.lookaheads[0]).long().cumprod(0).sum())
         # Chunks of one size run together; one that began under another look-ahead than it ends is still one chunk.
         available = min(len(self.groups), max_chunks * chunk, max(same, chunk))
@@ -77,7 +82,19 @@ class EncoderStream:
     @property
     def chunk_frames(self) -> int:
         """Frames of the next chunk; there must be a group."""
-        return int(self.lookaheads[0]) + 1
+        return next(iter(self._smaller_sizes()[self.trial :]), int(self.lookaheads[0]) + 1)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the next chunk could be tried again with more look-ahead."""
+        return self.trial < len(self._smaller_sizes()) and not (self.ended and len(self.groups) <= self.chunk_frames)
+
+    def _smaller_sizes(self) -> list[int]:
+        return [size for size in self.trial_sizes if size <= int(self.lookaheads[0])]
+
+    def waiting(self) -> EncoderStream:
+        """The stream when the chunk that was tried has left doubts."""
+        return replace(self, trial=self.trial + 1)
 
     def after(self, state: EncoderState | FrontierState, groups: int, slots: int) -> EncoderStream:
         """The stream when a step has taken its first ``groups`` groups."""
@@ -87,6 +104,7 @@ class EncoderStream:
             groups=self.groups[groups:],
             slots=self.slots - slots,
             lookaheads=self.lookaheads[groups:],
+            trial=0,
         )
 
 

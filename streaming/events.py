@@ -96,6 +96,7 @@ class TranscriptDelta(_Json):
         segment: Number of the segment that it belongs to, from 0.
         endpoint: Whether it is the last of that segment: the speaker paused.
         words: Its words, one by one.
+        backlog_ms: Time that passed since that audio came in, where a service has measured it.
     """
 
     seq: int
@@ -106,6 +107,7 @@ class TranscriptDelta(_Json):
     segment: int
     endpoint: bool
     words: tuple[Word, ...]
+    backlog_ms: int | None = None
 
     TYPE: ClassVar[str] = "session.input_transcript.delta"
 
@@ -115,6 +117,7 @@ class TranscriptDelta(_Json):
             "start_ms": self.start_ms,
             "end_ms": self.end_ms,
             "emitted_ms": self.emitted_ms,
+            **({} if self.backlog_ms is None else {"backlog_ms": self.backlog_ms}),
             "segment": self.segment,
             "endpoint": self.endpoint,
             "words": [word.to_dict() for word in self.words],
@@ -182,4 +185,4 @@ def parse_event(text: str | bytes) -> Event:
 def _parse_transcript_delta(data: dict[str, Any]) -> TranscriptDelta:
     keys = ("seq", "delta", "start_ms", "end_ms", "emitted_ms", "segment", "endpoint")
     words = tuple(Word(word["word"], word["start_ms"], word["end_ms"], word["confidence"]) for word in data["words"])
-    return TranscriptDelta(**{key: data[key] for key in keys}, words=words)
+    return TranscriptDelta(**{key: data[key] for key in keys}, words=words, backlog_ms=data.get("backlog_ms"))

@@ -21,9 +21,9 @@ from typing import Literal
 
 import numpy as np
 
+from models import vad
 from models.config import FRAME_MS, FRAME_SAMPLES
 from models.recognizer import Recognizer
-from models.vad import is_silent
 from streaming.audio import AudioFormat, AudioNormalizer
 from streaming.encoder import Encoded, EncoderStream, encode
 from streaming.errors import DragomanError
@@ -34,10 +34,15 @@ from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
 
 SAMPLES_PER_MS = 16
 Decoder = Literal["rnnt", "ctc"]
+Lookahead = Literal["fixed", "adaptive"]
 #: Silence decoded after the end of the audio, so that the last word is emitted; at least one chunk.
 FLUSH_FRAMES = 4
 #: An adaptive model never needs more of it than the largest published chunk.
 MAX_FLUSH_FRAMES = 14
+#: A chunk that was tried is taken if none of its pieces is less probable than this, …
+SURE_PROBABILITY = 0.8
+#: … or if it has none, and nobody speaks in the last so many frames.
+SILENCE_EVIDENCE_FRAMES = 6
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,26 @@ class SessionConfig:
             layers of an adaptive one never wait for longer. None: the model's largest.
         decoder: Which head of the model decodes.
         endpoint_silence_ms: Silence that closes a segment, 240 to 10,000 ms.
+        lookahead: For a model that looks ahead in chunks: ``fixed``, chunks of one size, or ``adaptive``, each chunk
+            the smallest that leaves decoder and voice activity without doubts. None: ``fixed``, or for a model
+            whose layers decide, ``adaptive``, which is all that it can do.
     """
 
     audio: AudioFormat = AudioFormat()
     max_lookahead_ms: int | None = None
     decoder: Decoder = "rnnt"
     endpoint_silence_ms: int = 800
+    lookahead: Lookahead | None = None
 
     def __post_init__(self) -> None:
         if not 240 <= self.endpoint_silence_ms <= 10_000:
             raise DragomanError(
                 "unsupported_endpoint",
                 f"endpoint_silence_ms is {self.endpoint_silence_ms}; choose a value from 240 to 10000",
+            )
+        if self.lookahead not in (None, "fixed", "adaptive"):
+            raise DragomanError(
+                "unsupported_lookahead", f"lookahead is {self.lookahead!r}; choose fixed or adaptive, or leave it out"
             )
 
 
@@ -73,7 +86,8 @@ class Session:
         config: What the client chose.
 
     Raises:
-        DragomanError: ``unsupported_lookahead`` or ``unsupported_decoder`` if the model cannot do what is asked.
+        DragomanError: ``unsupported_lookahead`` or ``unsupported_decoder`` if the model cannot do what is asked, or the
+            setting is unknown.
     """
 
     def __init__(self, recognizer: Recognizer, config: SessionConfig | None = None) -> None:
@@ -83,7 +97,8 @@ class Session:
         self._front_end = front_end(recognizer.config.features)
         self._features = self._front_end.init_state()
         lookahead_frames = recognizer.lookahead_frames(self.config.max_lookahead_ms)
-        self._encoder = EncoderStream.begin(recognizer.net.encoder, lookahead_frames)
+        trial_sizes = _trial_sizes(recognizer, self.config.lookahead)
+        self._encoder = EncoderStream.begin(recognizer.net.encoder, lookahead_frames, trial_sizes)
         self.search = _search(recognizer, self.config.decoder)
         self._decoder = self.search.init_state(1)
         self._silence_frames = -(-self.config.endpoint_silence_ms // FRAME_MS)
@@ -154,6 +169,11 @@ class Session:
         """Whether a tick would advance this session."""
         return self._encoder.ready_frames(max_chunks) > 0
 
+    @property
+    def decided_ms(self) -> int:
+        """Audio before this moment will bring no further words."""
+        return self._decoder.frames[0] * FRAME_MS
+
     def take_events(self) -> list[Event]:
         """The events since the last call."""
         events, self._events, self._fresh = self._events, (), ()
@@ -206,7 +226,8 @@ class Session:
         end = done.start_frame + done.frames
         for start, stop, reach in done.moments():
             words, self._text = self._words.add([t for t in tokens if start <= t.frame < stop], self._text)
-            ended, self._text = self._words.at_endpoint(stop, self._text, partial(self._silent, stop))
+            is_silent = partial(self._silent, stop, self._silence_frames)
+            ended, self._text = self._words.at_endpoint(stop, self._text, is_silent)
             finished = stop == end and self._at_end()
             if ended or finished:
                 last, self._text = self._words.close_word(self._text)
@@ -215,6 +236,14 @@ class Session:
         if self._at_end():
             self._emit(SessionClosed(self._next_seq(), self._audio_samples // SAMPLES_PER_MS))
         self._forget(end)
+
+    def _has_doubts(self, done: Encoded, tokens: list[Token]) -> bool:
+        """Whether a chunk that was tried should wait for more audio."""
+        if not self._encoder.may_wait:
+            return False
+        if tokens:
+            return min(token.probability for token in tokens) < SURE_PROBABILITY
+        return not self._silent(done.reach[-1] + 1, SILENCE_EVIDENCE_FRAMES)
 
     def _at_end(self) -> bool:
         return self._encoder.ended and not len(self._encoder.groups)
@@ -240,17 +269,17 @@ class Session:
         if closes and self._text.segment_words:
             self._text = close_segment(self._text)
 
-    def _silent(self, end_frame: int) -> bool:
-        """Whether nobody spoke in the silence before ``end_frame``."""
+    def _silent(self, end_frame: int, frames: int) -> bool:
+        """Whether nobody spoke in so many frames before ``end_frame``."""
         end = (end_frame - 1) * FRAME_SAMPLES + GROUP_TAIL_SAMPLES - self._recent_start()
-        return is_silent(self._recent[max(0, end - self._silence_frames * FRAME_SAMPLES) : max(0, end)])
+        return vad.is_silent(self._recent[max(0, end - frames * FRAME_SAMPLES) : max(0, end)])
 
     def _recent_start(self) -> int:
         return self._features.samples - len(self._recent)
 
     def _forget(self, end_frame: int) -> None:
         """Drops audio that no endpoint can ask about any more."""
-        keep_from = (end_frame - self._silence_frames - 1) * FRAME_SAMPLES
+        keep_from = (end_frame - max(self._silence_frames, SILENCE_EVIDENCE_FRAMES) - 1) * FRAME_SAMPLES
         self._recent = self._recent[max(0, keep_from - self._recent_start()) :]
 
     def _emit(self, event: Event) -> None:
@@ -274,8 +303,6 @@ def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
         return
     net = ready[0].recognizer.net
     encoded, done, streams = encode(net.encoder, [session._encoder for session in ready], max_chunks=max_chunks)
-    for session, stream in zip(ready, streams, strict=True):
-        session._encoder = stream
     for kind in {type(session.search) for session in ready}:
         rows = [row for row, session in enumerate(ready) if type(session.search) is kind]
         search = ready[rows[0]].search
@@ -283,8 +310,25 @@ def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
         lengths = [done[row].frames for row in rows]
         tokens, after = search.step(encoded if len(rows) == len(ready) else encoded[rows], lengths, states)
         for row, state, pieces in zip(rows, after.rows(), tokens, strict=True):
-            ready[row]._decoder = state
-            ready[row]._decoded(done[row], pieces)
+            session = ready[row]
+            if session._has_doubts(done[row], pieces):
+                session._encoder = session._encoder.waiting()
+                continue
+            session._encoder, session._decoder = streams[row], state
+            session._decoded(done[row], pieces)
+
+
+def _trial_sizes(recognizer: Recognizer, lookahead: Lookahead | None) -> tuple[int, ...]:
+    """Chunk sizes that a session tries."""
+    if recognizer.adaptive and lookahead == "fixed":
+        raise DragomanError(
+            "unsupported_lookahead",
+            f"the layers of model {recognizer.name!r} decide how far they look ahead; a fixed look-ahead is for models"
+            " that look ahead in chunks: leave it out, and bound it with max_lookahead_ms",
+        )
+    if recognizer.adaptive or lookahead != "adaptive":
+        return ()
+    return tuple(sorted(frames + 1 for frames in recognizer.config.encoder.lookahead_frames))
 
 
 def _search(recognizer: Recognizer, decoder: str) -> Search:

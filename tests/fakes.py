@@ -7,6 +7,7 @@ gives the same events for any chunking of its audio.
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ class FakeRecognizer:
     """Stands where the weights would be."""
 
     name = "fake"
+    adaptive = False
 
 
 @asynccontextmanager
@@ -42,6 +44,7 @@ class FakeSession:
     """Words from loudness; `config` needs no more than an audio format."""
 
     def __init__(self, recognizer: object, config: Any) -> None:
+        self.config = config
         self._normalizer = AudioNormalizer(config.audio)
         self._rate_hz = config.audio.sample_rate_hz
         self._waiting: Samples = np.empty(0, np.float32)
@@ -64,6 +67,15 @@ class FakeSession:
 
     def ready(self) -> bool:
         return not self._closed and (self._ending or len(self._waiting) >= _WORD_SAMPLES)
+
+    @property
+    def decided_ms(self) -> int:
+        return self._words * WORD_MS
+
+    def set_max_lookahead_ms(self, max_lookahead_ms: int | None) -> None:
+        if max_lookahead_ms is not None and max_lookahead_ms < 0:
+            raise DragomanError("unsupported_lookahead", f"{max_lookahead_ms} is below 0")
+        self.config = replace(self.config, max_lookahead_ms=max_lookahead_ms)
 
     def flush(self) -> list[Event]:
         if len(self._waiting):

@@ -98,6 +98,7 @@ async def test_a_session_from_its_first_to_its_last_event() -> None:
         assert updated["session"]["audio"]["input"]["format"]["rate"] == 16_000
         await connection.send(pcm([0.2, 0.4]))
         first = json.loads(await connection.recv())
+        assert 0 <= first.pop("backlog_ms") < 5_000
         assert first == {
             "type": "session.input_transcript.delta",
             "seq": 2,
@@ -144,6 +145,8 @@ async def test_sessions_side_by_side_get_what_each_has_alone() -> None:
         alone = [await talk(url, audio) for audio in audios]
         together = await asyncio.gather(*(talk(url, a, 1 + 997 * i) for i, a in enumerate(audios, 1)))
     assert [words(events) for events in together] == [words(events) for events in alone]
+    for event in (event for events in (*together, *alone) for event in events):
+        event.pop("backlog_ms", None)  # the clock's
     assert [events[2:] for events in together] == [events[2:] for events in alone]
     assert len({words(events) for events in alone}) == len(audios)
 
@@ -179,6 +182,36 @@ async def test_a_wrong_later_event_is_told_and_the_session_goes_on() -> None:
             "session_already_declared",
         ]
         assert words(events) == " w20 w40"
+
+
+async def test_the_look_ahead_may_change_in_mid_stream_and_nothing_else() -> None:
+    async with running_service() as url, connect(url) as connection:
+        await send_event(connection, "session.update", session={**RATE_16K, "max_lookahead_ms": 480})
+        await connection.send(pcm([0.2]))
+        await send_event(connection, "session.update", session={"max_lookahead_ms": 160})
+        await send_event(connection, "session.update", session={"max_lookahead_ms": -1})
+        await send_event(connection, "session.update", session={"max_lookahead_ms": 80, "decoder": "ctc"})
+        await connection.send(pcm([0.4]))
+        await send_event(connection, "session.close")
+        events = await events_until_closed(connection)
+        updated = [e["session"]["max_lookahead_ms"] for e in events if e["type"] == "session.updated"]
+        assert updated == [480, 160]
+        assert sorted(errors(events)) == ["session_already_declared", "unsupported_lookahead"]
+        assert words(events) == " w20 w40"
+
+
+def test_what_is_kept_of_arrivals_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(server.time, "monotonic", lambda: float(next(clock)))
+    stream = server.Stream(asyncio.new_event_loop())
+    stream.session = FakeSession(None, SessionConfig())
+    stream.put(SessionConfig())
+    for _ in range(1_000):
+        stream.put(pcm([0.0]))
+        stream.session.write(pcm([0.0]))
+        stream.session.step()
+        stream.timed(stream.session.take_events())
+    assert len(stream._arrivals) < 3
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ CONDITIONS = Conditions({"manifests": [Path("dev.jsonl")]}, "tiny", 2, (0.5, 0.4
 
 def a_score(lookahead_ms: int, mean_ms: float | None, wer: float | None, **other: object) -> Score:
     delay = Delay(0, 3) if mean_ms is None else Delay(20, 3, mean_ms - 10, 2 * mean_ms, mean_ms)
-    fields = {"manifest": "dev", "decoder": "rnnt", "replay": LIVE, "problems": ()}
+    fields = {"manifest": "dev", "decoder": "rnnt", "adaptive": False, "replay": LIVE, "problems": ()}
     return Score(
         lookahead_ms=lookahead_ms, utterances=4, left_out=1, errors=WordErrors(40, 5, 3, 2, wer), delay=delay,
         audio_s=12.5, times_real_time=40.0, **{**fields, **other},

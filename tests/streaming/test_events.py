@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,7 @@ def test_the_json_of_a_delta_is_the_wire_format() -> None:
         SessionCreated({"model": "tiny"}, 0),
         SessionUpdated({"max_lookahead_ms": 480}, 1),
         DELTA,
+        replace(DELTA, backlog_ms=31),
         SessionClosed(9, 61_000),
         ErrorEvent(3, "invalid_json", "déjà \N{EM DASH} \u2028 \n"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +16,8 @@ from streaming.session import Session, SessionConfig, tick
 from tests import tiny
 
 LOOKAHEADS_MS = [0, 80, 240, 480]
-#: A model that looks ahead in chunks, and one whose layers decide.
-GATES = st.sampled_from([0, 3])
+#: Chunks of one size, chunks as the controller wants them, and a model whose layers decide.
+KINDS = st.sampled_from(["fixed", "adaptive", "gates"])
 
 
 def audio(samples: int, seed: int) -> np.ndarray:
@@ -25,12 +27,17 @@ def audio(samples: int, seed: int) -> np.ndarray:
     return (rng.standard_normal(samples) * bursts * 3000).clip(-32768, 32767).astype(np.int16)
 
 
-def config(lookahead_ms: int = 480, decoder: str = "rnnt", rate_hz: int = 16000) -> SessionConfig:
-    return SessionConfig(AudioFormat("s16le", rate_hz), lookahead_ms, decoder, endpoint_silence_ms=400)  # type: ignore[arg-type]
+def config(lookahead_ms: int = 480, decoder: str = "rnnt", rate_hz: int = 16000, kind: str = "fixed") -> SessionConfig:
+    policy = None if kind == "gates" else kind
+    return SessionConfig(AudioFormat("s16le", rate_hz), lookahead_ms, decoder, 400, policy)  # type: ignore[arg-type]
 
 
-def alone(pcm: np.ndarray, settings_: SessionConfig, gates: int = 0) -> list[Event]:
-    session = Session(tiny.recognizer(gates=gates), settings_)
+def opened(settings_: SessionConfig) -> Session:
+    return Session(tiny.recognizer(gates=0 if settings_.lookahead else 3), settings_)
+
+
+def alone(pcm: np.ndarray, settings_: SessionConfig) -> list[Event]:
+    session = opened(settings_)
     return session.push(pcm.tobytes()) + session.finish()
 
 
@@ -50,19 +57,19 @@ def wire(events: list[Event]) -> list[str]:
     decoder=st.sampled_from(["rnnt", "ctc"]),
     rate_hz=st.sampled_from([8000, 16000, 44100]),
     cuts=st.lists(st.integers(0, 120_000), max_size=10),
-    gates=GATES,
+    kind=KINDS,
 )
 def test_any_chunking_gives_identical_events(
-    samples: int, seed: int, lookahead_ms: int, decoder: str, rate_hz: int, cuts: list[int], gates: int
+    samples: int, seed: int, lookahead_ms: int, decoder: str, rate_hz: int, cuts: list[int], kind: str
 ) -> None:
-    pcm, settings_ = audio(samples, seed), config(lookahead_ms, decoder, rate_hz)
+    pcm, settings_ = audio(samples, seed), config(lookahead_ms, decoder, rate_hz, kind)
     data = pcm.tobytes()
-    session, events, start = Session(tiny.recognizer(gates=gates), settings_), [], 0
+    session, events, start = opened(settings_), [], 0
     for end in [*sorted(min(cut, len(data)) for cut in cuts), len(data)]:
         events += session.push(data[start:end])
         start = end
     events += session.finish()
-    assert events == alone(pcm, settings_, gates)
+    assert events == alone(pcm, settings_)
     assert [event.seq for event in events] == list(range(len(events)))
     assert isinstance(events[-1], SessionClosed)
 
@@ -71,16 +78,22 @@ def test_any_chunking_gives_identical_events(
 @given(data=st.data())
 def test_company_and_batching_change_nothing(data: st.DataObject) -> None:
     """Sessions of any look-ahead and decoder in common ticks, with audio that comes and ends at any time."""
+    gates = data.draw(st.booleans())
     kinds = data.draw(
         st.lists(
-            st.tuples(st.integers(0, 50_000), st.sampled_from(LOOKAHEADS_MS), st.sampled_from(["rnnt", "ctc"])),
+            st.tuples(
+                st.integers(0, 50_000),
+                st.sampled_from(LOOKAHEADS_MS),
+                st.sampled_from(["rnnt", "ctc"]),
+                st.sampled_from(["gates"] if gates else ["fixed", "adaptive"]),
+            ),
             min_size=1,
             max_size=4,
         )
     )
-    pcms = [audio(samples, i) for i, (samples, _, _) in enumerate(kinds)]
-    gates = data.draw(GATES)
-    sessions = [Session(tiny.recognizer(gates=gates), config(ms, decoder)) for _, ms, decoder in kinds]
+    pcms = [audio(samples, i) for i, (samples, *_) in enumerate(kinds)]
+    settings_ = [config(ms, decoder, kind=kind) for _, ms, decoder, kind in kinds]
+    sessions = [opened(one) for one in settings_]
     sent, events = [0] * len(kinds), [[] for _ in kinds]
     closed = [False] * len(kinds)
     while not all(closed) or any(session.ready() for session in sessions):
@@ -96,16 +109,16 @@ def test_company_and_batching_change_nothing(data: st.DataObject) -> None:
         tick(sessions, max_chunks=data.draw(st.integers(1, 4)))
     for i, session in enumerate(sessions):
         events[i] += session.take_events()
-        assert wire(events[i]) == wire(alone(pcms[i], config(*kinds[i][1:]), gates))
+        assert wire(events[i]) == wire(alone(pcms[i], settings_[i]))
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 40), at=st.integers(1, 100_000), lookahead_ms=st.sampled_from(LOOKAHEADS_MS), gates=GATES)
-def test_a_flush_changes_no_later_segment(seed: int, at: int, lookahead_ms: int, gates: int) -> None:
+@given(seed=st.integers(0, 40), at=st.integers(1, 100_000), lookahead_ms=st.sampled_from(LOOKAHEADS_MS), kind=KINDS)
+def test_a_flush_changes_no_later_segment(seed: int, at: int, lookahead_ms: int, kind: str) -> None:
     """Words of the segments after the flush point's own are those of the transcript without a flush."""
     pcm = audio(110_000, seed)
-    plain = [e for e in alone(pcm, config(lookahead_ms), gates) if isinstance(e, TranscriptDelta)]
-    session = Session(tiny.recognizer(gates=gates), config(lookahead_ms))
+    plain = [e for e in alone(pcm, config(lookahead_ms, kind=kind)) if isinstance(e, TranscriptDelta)]
+    session = opened(config(lookahead_ms, kind=kind))
     before = session.push(pcm[:at])
     flushed = session.flush()
     events = before + flushed + session.push(pcm[at:]) + session.finish()
@@ -137,10 +150,10 @@ def test_a_flush_tells_everything_so_far_and_nothing_twice() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 40), lookahead_ms=st.sampled_from(LOOKAHEADS_MS), gates=GATES)
-def test_words_come_when_the_audio_that_they_needed_is_there(seed: int, lookahead_ms: int, gates: int) -> None:
+@given(seed=st.integers(0, 40), lookahead_ms=st.sampled_from(LOOKAHEADS_MS), kind=KINDS)
+def test_words_come_when_the_audio_that_they_needed_is_there(seed: int, lookahead_ms: int, kind: str) -> None:
     """Replayed in steps of 10 ms, every event comes with the very push that completes ``emitted_ms``."""
-    session, pcm = Session(tiny.recognizer(gates=gates), config(lookahead_ms)), audio(40_000, seed)
+    session, pcm = opened(config(lookahead_ms, kind=kind)), audio(40_000, seed)
     for start in range(0, len(pcm), 160):
         for event in session.push(pcm[start : start + 160]):
             assert isinstance(event, TranscriptDelta)
@@ -151,15 +164,15 @@ def test_words_come_when_the_audio_that_they_needed_is_there(seed: int, lookahea
 @given(
     changes=st.lists(st.tuples(st.integers(1, 20_000), st.sampled_from(LOOKAHEADS_MS)), min_size=1, max_size=4),
     cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=4),
-    gates=GATES,
+    kind=KINDS,
 )
 def test_the_look_ahead_may_change_while_the_stream_runs(
-    changes: list[tuple[int, int]], cuts: list[int], gates: int
+    changes: list[tuple[int, int]], cuts: list[int], kind: str
 ) -> None:
     """It holds for the audio that comes after, whenever that is computed."""
 
     def run(cuts: list[int], *, push: bool) -> list[Event]:
-        session, events, start = Session(tiny.recognizer(gates=gates), config(480)), [], 0
+        session, events, start = opened(config(kind=kind)), [], 0
         for samples, lookahead_ms in changes:
             begin = start
             for end in sorted({min(cut, samples) for cut in cuts} | {samples}):
@@ -172,6 +185,29 @@ def test_the_look_ahead_may_change_while_the_stream_runs(
 
     pcm = audio(60_000, 3)
     assert run(cuts, push=True) == run([1], push=False)
+
+
+def test_a_chunk_grows_while_the_decoder_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunks(probability: float, *, silent: bool) -> list[int]:
+        monkeypatch.setattr("streaming.session.SURE_PROBABILITY", probability)
+        monkeypatch.setattr("models.vad.is_silent", lambda _: silent)
+        session, reached = opened(config(kind="adaptive")), [0]
+        for _ in range(70):
+            session.push(np.zeros(1280, np.int16) if silent else rng.integers(-9999, 9999, 1280, np.int16))
+            reached.append(session._decoder.frames[0])
+        return [b - a for a, b in itertools.pairwise(reached) if b > a]
+
+    rng = np.random.default_rng(0)
+    assert set(chunks(2.0, silent=False)) == {7}  # never sure: the largest
+    assert set(chunks(0.0, silent=True)) == {1}  # always sure: the smallest
+    assert len(set(chunks(0.1, silent=False))) > 1
+
+
+def test_a_model_whose_layers_decide_has_no_fixed_look_ahead() -> None:
+    with pytest.raises(DragomanError, match="max_lookahead_ms"):
+        Session(tiny.recognizer(gates=3), SessionConfig(lookahead="fixed"))
+    with pytest.raises(DragomanError, match="'some'"):
+        SessionConfig(lookahead="some")  # type: ignore[arg-type]
 
 
 def test_segments_end_at_pauses_and_nowhere_else() -> None:
