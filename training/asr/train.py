@@ -9,7 +9,7 @@ under a loss on the latency that they cause (see :mod:`models.lookahead`).
 The run goes on where it stopped if ``--out`` holds a checkpoint. The learning rate warms up, stays, and falls to
 zero over the last ``--decay-steps``; a run that was stopped in its flat part may be given other ``--steps``.
 Weights are averaged exponentially; the average is what is validated and exported. Under ``torchrun`` several processes
-share a run, each with batches of its own; on a CPU, two of one thread are much faster than one of two.
+share a run, each with batches of its own.
 """
 
 from __future__ import annotations
