@@ -299,6 +299,9 @@ def _last(x: Tensor, count: Tensor, before: Tensor) -> Tensor:
 
 def _from(x: Tensor, start: Tensor, length: int, dim: int, *, row_dim: int = 0) -> Tensor:
     """``length`` entries of each row along ``dim``, from the row's ``start`` on; what lies beyond is not read."""
+    first, *others = start.tolist()
+    if all(other == first for other in others) and first + length <= x.shape[dim]:
+        return x.narrow(dim, first, length)
     index = (start[:, None] + torch.arange(length)).clamp(max=x.shape[dim] - 1).to(x.device)
     view, size = [1] * x.dim(), list(x.shape)
     view[row_dim], view[dim], size[dim] = len(start), length, length

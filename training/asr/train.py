@@ -108,11 +108,14 @@ class Recipe:
     time_share: float = 0.05
 
 
-def small_model_config(gates: int = 0) -> ModelConfig:
-    """The shape of the embedded model: 10.6 M parameters, and 0.1 M more with gates over the next ``gates`` frames."""
+def small_model_config(gates: int = 0, width: int = 256) -> ModelConfig:
+    """The shape of the embedded model: 10.6 M parameters, and 0.1 M more with gates over the next ``gates`` frames.
+
+    A ``width`` of 176 makes 5.5 M, for comparisons.
+    """
     encoder = EncoderConfig(
         n_layers=6,
-        d_model=256,
+        d_model=width,
         n_heads=4,
         subsampling_conv_channels=64,
         xscaling=False,
@@ -354,6 +357,7 @@ def run(
     noise: Annotated[Path | None, typer.Option(help="Manifest of noises and impulse responses.")] = None,
     init: Annotated[Path | None, typer.Option(help="Model folder whose weights a new run starts from.")] = None,
     gates: Annotated[int, typer.Option(help="Next frames that each layer may wait for; 0: fixed chunks.")] = 0,
+    width: Annotated[int, typer.Option(help="Width of the encoder; a multiple of 4.")] = 256,
     latency_weight: Annotated[float, typer.Option(help="Of the mean delay in frames; with gates.")] = 0.02,
     threads: int = 2,
     device: str = "cpu",
@@ -366,7 +370,7 @@ def run(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:  # several processes under torchrun
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    recipe, config = Recipe(latency_weight=latency_weight), small_model_config(gates)
+    recipe, config = Recipe(latency_weight=latency_weight), small_model_config(gates, width)
     trainer = Trainer(config, recipe, device, autocast=bf16)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "last.pt"
