@@ -95,16 +95,16 @@ class Recipe:
     rnnt_from_step: int = 2600
     rnnt_cells: int = 15_000
     ctc_weight: float = 0.5
-    altered_share: float = 0.4
+    altered_share: float = 0.6
     latency_weight: float = 0.02
     latency_from_step: int = 2600
     hardening_steps: int = 3000
     coldest: float = 0.1
     capped_share: float = 0.4
     largest_cap: int = 14
-    freq_masks: int = 1
+    freq_masks: int = 2
     freq_width: int = 16
-    time_masks: int = 1
+    time_masks: int = 2
     time_share: float = 0.05
 
 
