@@ -96,13 +96,29 @@ class Transducer(nn.Module):
             encoded: ``[B, T, d_model]``.
             targets: ``int64[B, U]``, padded with anything in range.
         """
+        return self.logits(self.project(encoded)[:, :, None], self._predictions(targets)[:, None])
+
+    def internal_lm(self, targets: Tensor) -> Tensor:
+        """What the predictor alone expects, ``[B, U, vocab_size]``: scores of each target from those before it.
+
+        It is the transducer with a silent encoder and without the blank (Meng et al., "Internal Language Model
+        Training", arXiv 2102.01380), so text without audio can train it.
+
+        Args:
+            targets: ``int64[B, U]``, padded with anything in range.
+        """
+        scores: Tensor = self.joint.joint_net(self._predictions(targets)[:, :-1])
+        return scores[..., :-1]
+
+    def _predictions(self, targets: Tensor) -> Tensor:
+        """The predictor's outputs before each target and after the last, ``[B, U + 1, joint_hidden]``."""
         start = targets.new_full((targets.shape[0], 1), self.config.vocab_size)
         embedded = F.embedding(torch.cat([start, targets], 1), self.decoder.prediction.embed.weight)
         # The blank's row starts every stream and has to stay zero while the rest of the table is trained.
         embedded = torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, 1:]], 1)
         output, _ = self.decoder.prediction.dec_rnn.lstm(embedded)
-        predicted = self.joint.pred(self.decoder.drop(output))
-        return self.logits(self.project(encoded)[:, :, None], predicted[:, None])
+        predicted: Tensor = self.joint.pred(self.decoder.drop(output))
+        return predicted
 
 
 class _Predictor(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from client.normalize import normalize_transcript
 from models.config import FRAME_SAMPLES, SUBSAMPLING_FACTOR, FeatureConfig
 from streaming.features import FrontEnd
 from training.asr.augment import Augmenter
+from training.asr.synthesize import compose
 
 SAMPLE_RATE_HZ = 16000
 _BUCKET_FRAMES = 12
@@ -154,6 +157,22 @@ class TrainingBatches(IterableDataset[Batch]):
             audio = [self._augmenter(x, rng) if rng.random() < self._altered_share else x for x in audio]
         targets = [pieces.encode(entry.text) for entry in entries]
         return collate(audio, targets, front_end)
+
+
+def text_batches(sentences: list[str], tokenizer: Path, *, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless, seeded stream of text alone: piece ids ``int64[rows, U]``, zero-padded, and lengths ``int64[rows]``.
+
+    Args:
+        sentences: What to draw from, some of them joined (:func:`training.asr.synthesize.compose`).
+        tokenizer: SentencePiece model.
+        rows: Texts in a batch.
+        seed: Start of the stream.
+    """
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    texts = (text for text in map(normalize_transcript, compose(sentences, [seed])) if text)
+    while True:
+        ids = [torch.tensor(pieces.encode(text)) for text in islice(texts, rows)]
+        yield torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
 
 
 def _padded_frames(samples: int) -> int:

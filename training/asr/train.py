@@ -20,7 +20,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,8 +42,9 @@ from models.lookahead import latency_loss
 from models.recognizer import Recognizer, RecognizerNet
 from streaming.session import Decoder
 from training.asr.augment import Augmenter
-from training.asr.data import Batch, TrainingBatches, read_packed
+from training.asr.data import Batch, TrainingBatches, read_packed, text_batches
 from training.asr.loss import transducer_loss
+from training.asr.synthesize import usable_sentences
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class Recipe:
         rnnt_cells: The transducer loss is taken on so many rows of a batch, drawn at random, that their lattices
             have about this many cells; all of them would cost more than the encoder.
         ctc_weight: Share of the CTC loss once both are there.
+        text_weight: Of the cross-entropy of the predictor on text alone, which shows it more sentences than are spoken.
+        text_rows: Texts in a step.
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
         latency_weight: Of the loss on the mean delay in frames; with gates only.
         latency_from_step: Gates stand open until here, and the delay costs nothing.
@@ -95,6 +98,8 @@ class Recipe:
     rnnt_from_step: int = 2600
     rnnt_cells: int = 15_000
     ctc_weight: float = 0.5
+    text_weight: float = 0.2
+    text_rows: int = 24
     altered_share: float = 0.6
     latency_weight: float = 0.02
     latency_from_step: int = 2600
@@ -152,16 +157,20 @@ class Trainer:
         self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
         self.step = 0
 
-    def train_step(self, batch: Batch, lr_scale: float) -> dict[str, float]:
-        """One optimiser step; returns the losses per target piece."""
+    def train_step(self, batch: Batch, lr_scale: float, text: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
+        """One optimiser step on speech and, once the transducer learns, on text; returns the losses per piece."""
         self.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.peak_lr * lr_scale
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             losses = self._losses(batch)
+            if text is not None and "rnnt" in losses:
+                losses["text"] = self._text_loss(*text)
         total = losses["ctc"] + losses.get("flat", 0.0)
         if "rnnt" in losses:
             total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
+        if "text" in losses:
+            total = total + self.recipe.text_weight * losses["text"]
         if "delay" in losses:
             total = total + self.recipe.latency_weight * self._hardness() * losses["delay"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -204,6 +213,13 @@ class Trainer:
         lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets)
         rnnt = transducer_loss(lattice, targets, frames.to(self.device), lengths.to(self.device), blank)
         return losses | {"rnnt": rnnt / lengths.sum()}
+
+    def _text_loss(self, targets: Tensor, lengths: Tensor) -> Tensor:
+        assert self.net.transducer is not None
+        targets, real = targets.to(self.device), torch.arange(targets.shape[1]) < lengths[:, None]
+        scores = self.net.transducer.internal_lm(targets).float()
+        wanted = targets.masked_fill(~real.to(self.device), -1)
+        return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=-1)
 
     def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor | None]:
         """Encoder frames, and of an adaptive model the soft reach."""
@@ -354,6 +370,10 @@ def run(
     decay_steps: Annotated[int, typer.Option(help="Steps over which the learning rate falls to zero.")] = 1500,
     valid: Annotated[list[Path] | None, typer.Option(help="Manifest to validate on.")] = None,
     valid_every_steps: int = 500,
+    sentences: Annotated[
+        list[Path] | None, typer.Option(help="Text for the predictor, as synthesize's --pairs.")
+    ] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(help="File whose sentences are left out of the text.")] = None,
     noise: Annotated[Path | None, typer.Option(help="Manifest of noises and impulse responses.")] = None,
     init: Annotated[Path | None, typer.Option(help="Model folder whose weights a new run starts from.")] = None,
     gates: Annotated[int, typer.Option(help="Next frames that each layer may wait for; 0: fixed chunks.")] = 0,
@@ -384,6 +404,12 @@ def run(
     logger.info("%d utterances, %.1f h", len(entries), sum(e.length for e in entries) / 16000 / 3600)
     augmenter = Augmenter(noise)
 
+    text = None
+    if sentences:
+        usable = usable_sentences(sentences, exclude or [])
+        text = text_batches(usable, tokenizer, rows=recipe.text_rows, seed=recipe.seed + trainer.step + rank)
+        logger.info("%d sentences of text", len(usable))
+
     def loader(*, easy: bool) -> DataLoader[Batch]:
         batches = TrainingBatches(
             [e for e in entries if e.length <= recipe.easy_s * 16000] if easy else entries,
@@ -402,7 +428,7 @@ def run(
         for easy, end in ((True, min(recipe.easy_steps, steps)), (False, steps)):
             if trainer.step < end:
                 every = valid_every_steps if rank == 0 else steps + 1  # one process saves and validates
-                _loop(trainer, loader(easy=easy), end, scale, checkpoint, tokenizer, valid or [], every)
+                _loop(trainer, loader(easy=easy), text, end, scale, checkpoint, tokenizer, valid or [], every)
     except KeyboardInterrupt:
         if rank == 0:
             trainer.save(checkpoint)
@@ -416,6 +442,7 @@ def _quiet_worker(_: int) -> None:
 def _loop(
     trainer: Trainer,
     loader: DataLoader[Batch],
+    text: Iterator[tuple[Tensor, Tensor]] | None,
     end: int,
     schedule: Callable[[int], float],
     checkpoint: Path,
@@ -432,7 +459,7 @@ def _loop(
             if trainer.step >= end:
                 break
             scale = schedule(trainer.step)
-            for name, value in trainer.train_step(batch, scale).items():
+            for name, value in trainer.train_step(batch, scale, next(text) if text else None).items():
                 sums.setdefault(name, []).append(value)
             heard_s += batch.audio_s
             progress.update(bar, completed=trainer.step)

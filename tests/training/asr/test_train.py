@@ -18,7 +18,7 @@ from models.adaptive import encode_whole
 from models.config import FeatureConfig
 from streaming.features import FrontEnd
 from tests import tiny
-from training.asr.data import Batch, TrainingBatches, collate, read_packed
+from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
 from training.asr.export import SCORES_MARK, export, run_export
 from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, spec_augment
 
@@ -47,6 +47,29 @@ def test_both_losses_fall_on_what_can_be_learnt() -> None:
     assert "rnnt" in losses[5] and "flat" not in losses[5]
     assert losses[-1]["rnnt"] < 0.5 * losses[5]["rnnt"]
     assert losses[-1]["ctc"] < 0.7 * losses[0]["ctc"]
+
+
+def test_the_predictor_learns_from_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    sentences = ["the speaker is still talking", "nothing once shown is ever taken back"]
+    text = text_batches(sentences, tmp_path / "tokenizer.model", rows=6, seed=1)
+    learner, data = trainer(), batch()
+    losses = [learner.train_step(data, 1.0, next(text)) for _ in range(80)]
+    assert "text" not in losses[0]  # the transducer is not there yet
+    assert losses[-1]["text"] < 0.7 * losses[5]["text"]
+    assert losses[-1]["rnnt"] < 0.5 * losses[5]["rnnt"]
+    assert not learner.net.transducer.decoder.prediction.embed.weight[tiny.PIECES].any()
+
+
+def test_the_internal_language_model_is_the_transducer_with_a_silent_encoder() -> None:
+    net = tiny.net().transducer.eval()
+    targets = torch.randint(tiny.PIECES, (2, 5))
+    scores = net.internal_lm(targets)
+    state = net.init_state(2)
+    for u in range(5):
+        expected = net.logits(torch.zeros_like(state.output), state.output)[:, : tiny.PIECES]
+        torch.testing.assert_close(scores[:, u], expected, atol=1e-5, rtol=1e-5)
+        state = net.predict(targets[:, u], state)
 
 
 def test_gates_close_where_the_delay_costs_much() -> None:
