@@ -37,7 +37,7 @@ def load_recognizer(path: Path | None = None, *, device: str = "cpu", dtype: str
     """
     if dtype not in DTYPES:
         raise DragomanError("unsupported_dtype", f"the dtype {dtype!r} is not supported: use {' or '.join(DTYPES)}")
-    _require_device(device)
+    require_device(device)
     folder = EMBEDDED_MODEL if path is None else path
     config = _read_config(folder)
     weights = _required(folder, "model.safetensors")
@@ -49,7 +49,12 @@ def load_recognizer(path: Path | None = None, *, device: str = "cpu", dtype: str
     return Recognizer.create(config, tensors, tokenizer, device=device, dtype=DTYPES[dtype])
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
+    """Makes sure that PyTorch has a device of that name.
+
+    Raises:
+        DragomanError: ``unsupported_device``.
+    """
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise DragomanError("unsupported_device", f"the device {device!r} is not supported: use cpu, cuda or cuda:N")
