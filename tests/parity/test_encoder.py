@@ -58,11 +58,9 @@ def test_step_by_step(models: tuple[NemoReference, Recognizer], lookahead: int) 
     mine, slots = in_slots(mel)
     encoder = recognizer.net.encoder
     streams = [
-        EncoderStream(
-            state=encoder.init_state(1),
-            groups=row[: -(-count // SUBSAMPLING_FACTOR) * SUBSAMPLING_FACTOR].unflatten(0, (-1, SUBSAMPLING_FACTOR)),
-            slots=count,
-            lookahead_frames=lookahead,
+        EncoderStream.begin(encoder, lookahead).extended(
+            row[: -(-count // SUBSAMPLING_FACTOR) * SUBSAMPLING_FACTOR].unflatten(0, (-1, SUBSAMPLING_FACTOR)),
+            count,
             ended=True,
         )
         for row, count in zip(mine, slots.tolist(), strict=True)
