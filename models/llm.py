@@ -13,25 +13,35 @@ Sources: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762); the par
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.checkpoint import DTYPES, require_device
+from models.folder import (
+    CONFIG,
+    WEIGHTS,
+    dtype_of,
+    read_object,
+    read_tensors,
+    require_device,
+    require_fit,
+    required_file,
+    write_model,
+)
 from models.kv_cache import KvCache
 from models.linear import Linear
 from models.llm_config import LlmConfig, RopeConfig
 from streaming.errors import DragomanError
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_CONTENTS = (
+    f"a language model's folder holds {CONFIG} and {WEIGHTS}, whole or in shards with {INDEX} (pickled weights are not"
+    " read)"
+)
 #: Spread of a new model's matrices.
 INITIAL_STD = 0.02
 
@@ -301,7 +311,7 @@ class Llm(nn.Module):
         Raises:
             DragomanError: ``bad_checkpoint`` naming the tensors that are missing, unknown or of another shape.
         """
-        _require_fit(self.config, tensors)
+        require_fit(_parameters(self.config), tensors)
         self.load_state_dict(tensors, assign=True)
 
     def _layers(self) -> Iterator[_Layer]:
@@ -472,18 +482,17 @@ def load_llm(folder: Path, *, device: str = "cpu", dtype: str = "float32", froze
         DragomanError: ``model_not_found``, ``bad_checkpoint`` or ``unsupported_model``, saying which file and why;
             ``unsupported_device`` or ``unsupported_dtype``.
     """
-    if dtype not in DTYPES:
-        raise DragomanError("unsupported_dtype", f"the dtype {dtype!r} is not supported: use {' or '.join(DTYPES)}")
+    weights_dtype = dtype_of(dtype)
     require_device(device)
-    config = LlmConfig.from_hf(_read_object(_required(folder, "config.json")))
+    config = LlmConfig.from_hf(read_object(required_file(folder, CONFIG, _CONTENTS)))
     with torch.device("meta"):
         net = Llm(config)
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        for published, tensor in _read_tensors(file).items():
+        for published, tensor in read_tensors(file).items():
             name = _own_name(published)
             if name is not None and not (config.tied and name == "lm_head.weight"):
-                tensors[name] = tensor.to(device, DTYPES[dtype])
+                tensors[name] = tensor.to(device, weights_dtype)
     net.load_checkpoint(tensors)
     return net.freeze() if frozen else net
 
@@ -499,31 +508,14 @@ def save_llm(folder: Path, config: LlmConfig, weights: Mapping[str, Tensor]) -> 
     Raises:
         DragomanError: ``bad_checkpoint``, if the weights are not those of the config.
     """
-    _require_fit(config, weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    require_fit(_parameters(config), weights)
+    write_model(folder, config.to_dict(), weights)
 
 
-def _require_fit(config: LlmConfig, tensors: Mapping[str, Tensor]) -> None:
+def _parameters(config: LlmConfig) -> dict[str, Tensor]:
+    """What the config asks for, without memory for it."""
     with torch.device("meta"):
-        own = Llm(config).state_dict()
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    hint = "the config.json and the weights must come from one model"
-    if missing or unknown:
-        raise DragomanError(
-            "bad_checkpoint",
-            f"the weights do not fit the config: {len(missing)} tensors are missing"
-            f" ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'});"
-            f" {hint}",
-        )
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise DragomanError(
-                "bad_checkpoint",
-                f"{name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(tensor.shape)}; {hint}",
-            )
+        return Llm(config).state_dict()
 
 
 def _own_name(published: str) -> str | None:
@@ -542,38 +534,8 @@ def _own_name(published: str) -> str | None:
 def _weight_files(folder: Path) -> list[Path]:
     """The file of the weights, or its shards."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return [_required(folder, WEIGHTS)]
-    shards = _read_object(folder / INDEX).get("weight_map")
+        return [required_file(folder, WEIGHTS, _CONTENTS)]
+    shards = read_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
         raise DragomanError("bad_checkpoint", f"{folder / INDEX} has no weight_map from tensors to files beside it")
-    return [_required(folder, name) for name in sorted(set(shards.values()))]
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise DragomanError("bad_checkpoint", f"{file} is not a safetensors file: {error}") from error
-    return tensors
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DragomanError("bad_checkpoint", f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise DragomanError("bad_checkpoint", f"{file} holds a JSON {type(data).__name__}, not an object")
-    return data
-
-
-def _required(folder: Path, name: str) -> Path:
-    if not folder.is_dir():
-        raise DragomanError("model_not_found", f"{folder} is not a model folder")
-    if not (folder / name).is_file():
-        raise DragomanError(
-            "model_not_found",
-            f"{folder} has no {name}; a language model's folder holds config.json and {WEIGHTS}, whole or in shards"
-            f" with {INDEX} (pickled weights are not read)",
-        )
-    return folder / name
+    return [required_file(folder, name, _CONTENTS) for name in sorted(set(shards.values()))]

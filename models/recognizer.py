@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.config import FRAME_MS, ModelConfig
 from models.fastconformer import FastConformer
+from models.folder import require_fit
 from models.rnnt import CtcHead, Transducer
 from streaming.errors import DragomanError
 
@@ -42,22 +43,7 @@ class RecognizerNet(nn.Module):
             DragomanError: ``bad_checkpoint`` naming the tensors that are missing, unknown or of another shape.
         """
         own = self.checkpoint()
-        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        if missing or unknown:
-            raise DragomanError(
-                "bad_checkpoint",
-                f"the weights do not fit the config: {len(missing)} tensors are missing"
-                f" ({', '.join(missing[:3]) or 'none'}),"
-                f" {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'});"
-                " the config.json and the weights must come from one model",
-            )
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise DragomanError(
-                    "bad_checkpoint",
-                    f"{name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(tensor.shape)};"
-                    " the config.json and the weights must come from one model",
-                )
+        require_fit(own, tensors)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])

@@ -35,10 +35,9 @@ from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
 SAMPLES_PER_MS = 16
 Decoder = Literal["rnnt", "ctc"]
 Lookahead = Literal["fixed", "adaptive"]
-#: Silence decoded after the end of the audio, so that the last word is emitted; at least one chunk.
-FLUSH_FRAMES = 4
-#: An adaptive model never needs more of it than the largest published chunk.
-MAX_FLUSH_FRAMES = 14
+#: Silence decoded after the end of the audio, so that the last word is emitted: one chunk, within these bounds. The
+#: largest published chunk is 14 frames; an adaptive model's cap may be far above what its layers ask for.
+FLUSH_FRAMES, MAX_FLUSH_FRAMES = 4, 14
 #: A chunk that was tried is taken if none of its pieces is less probable than this, …
 SURE_PROBABILITY = 0.8
 #: … or if it has none, and nobody speaks in the last so many frames.
