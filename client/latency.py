@@ -79,23 +79,26 @@ def average_proportion(delays: Sequence[float], source_length: float, reference_
     return sum(delays) / (source_length * (reference_length or len(delays)))
 
 
-def normalized_erasure(texts: Iterable[str]) -> float | None:
-    """NE of one output that was shown again and again.
+def normalized_erasure(segments: Iterable[Iterable[str]]) -> float | None:
+    """NE of segments that were shown again and again as they grew.
 
     Args:
-        texts: All that stood on the screen, after each change.
+        segments: Of each, all the text that stood on the screen, after each change.
 
     Returns:
-        Words that were taken back, over the words of the last text: 0 where each text only continues the one
-        before it. None if the last text has no words.
+        Words that were taken back, over the words of the last texts: 0 where each text only continues the one
+        before it. None if the last texts have no words.
     """
-    erased, shown = 0, list[str]()
-    for text in texts:
-        words = text.split()
-        kept = next((i for i, (old, new) in enumerate(zip(shown, words, strict=False)) if old != new), len(words))
-        erased += max(0, len(shown) - kept)
-        shown = words
-    return erased / len(shown) if shown else None
+    erased = final = 0
+    for texts in segments:
+        shown = list[str]()
+        for text in texts:
+            words = text.split()
+            kept = next((i for i, (old, new) in enumerate(zip(shown, words, strict=False)) if old != new), len(words))
+            erased += max(0, len(shown) - kept)
+            shown = words
+        final += len(shown)
+    return erased / final if final else None
 
 
 def _before(delays: Sequence[float], source_length: float) -> Sequence[float]:
