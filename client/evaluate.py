@@ -81,8 +81,29 @@ class SpeechSet:
     utterances: tuple[Utterance, ...]
 
 
+@dataclass(frozen=True)
+class Sentence:
+    """One line of a manifest without audio.
+
+    Attributes:
+        text: What there is to translate.
+        translations: By language of `LANGUAGES`, one or more reference translations.
+    """
+
+    text: str
+    translations: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """The sentences of one manifest without audio; attributes as of `SpeechSet`."""
+
+    name: str
+    sentences: tuple[Sentence, ...]
+
+
 def read_sets(manifests: Sequence[Path], limit: int | None = None) -> list[SpeechSet]:
-    """Read manifests: JSON lines, each an object with `audio` (relative to the manifest) and `text`.
+    """Read manifests of speech: JSON lines, each an object with `audio` (relative to the manifest) and `text`.
 
     `duration_s`, `speaker` and the languages of `LANGUAGES` may be there too; other keys are passed over, and so are
     blank lines. The recordings are not looked at.
@@ -94,14 +115,49 @@ def read_sets(manifests: Sequence[Path], limit: int | None = None) -> list[Speec
     Raises:
         DragomanError: ``manifest_unreadable``, ``manifest_invalid`` with the number of the line, or ``manifest_empty``.
     """
-    stems = [manifest.stem for manifest in manifests]
-    names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, manifests, strict=True)]
     return [
-        SpeechSet(name, tuple(_utterances(manifest)[:limit])) for name, manifest in zip(names, manifests, strict=True)
+        _speech_set(name, _records(path), path, limit) for name, path in zip(_names(manifests), manifests, strict=True)
     ]
 
 
-def _utterances(manifest: Path) -> list[Utterance]:
+def read_all_sets(manifests: Sequence[Path], limit: int | None = None) -> list[SpeechSet | TextSet]:
+    """Read manifests of speech, and of text alone.
+
+    A manifest whose first line has a translation and no `audio` is one of text: each of its lines has a language of
+    `LANGUAGES`, and the English in `text` or `en`.
+
+    Args:
+        manifests: The files.
+        limit: As of `read_sets`, which says what else holds.
+
+    Raises:
+        DragomanError: As of `read_sets`.
+    """
+    sets: list[SpeechSet | TextSet] = []
+    for name, path in zip(_names(manifests), manifests, strict=True):
+        records = _records(path)
+        _, first = records[0]
+        if "audio" not in first and any(language in first for language in LANGUAGES):
+            sets.append(TextSet(name, tuple(_sentence(record, where) for where, record in records[:limit])))
+        else:
+            sets.append(_speech_set(name, records, path, limit))
+    return sets
+
+
+def _names(manifests: Sequence[Path]) -> list[str]:
+    stems = [manifest.stem for manifest in manifests]
+    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, manifests, strict=True)]
+
+
+_Record = tuple[str, dict[str, Any]]  # where it stands, and what it says
+
+
+def _speech_set(name: str, records: Sequence[_Record], manifest: Path, limit: int | None) -> SpeechSet:
+    utterances = [_utterance(record, where, manifest.parent) for where, record in records]
+    return SpeechSet(name, tuple(utterances[:limit]))
+
+
+def _records(manifest: Path) -> list[_Record]:
     try:
         # Not splitlines: a text may hold characters that it takes for the end of a line.
         lines = manifest.read_text(encoding="utf-8").split("\n")
@@ -110,11 +166,7 @@ def _utterances(manifest: Path) -> list[Utterance]:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DragomanError("manifest_unreadable", f"{manifest} cannot be read as a manifest: {reason}") from None
-    read = [
-        _utterance(line, f"{manifest}, line {number}", manifest.parent)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    read = [_record(line, f"{manifest}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not read:
         raise DragomanError(
             "manifest_empty", f"{manifest} has no lines: a manifest has one JSON object with audio and text in each"
@@ -122,13 +174,17 @@ def _utterances(manifest: Path) -> list[Utterance]:
     return read
 
 
-def _utterance(line: str, where: str, folder: Path) -> Utterance:
+def _record(line: str, where: str) -> _Record:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise DragomanError("manifest_invalid", f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise DragomanError("manifest_invalid", f"{where} is not a JSON object with audio and text")
+    return where, record
+
+
+def _utterance(record: Mapping[str, Any], where: str, folder: Path) -> Utterance:
     for key in ("audio", "text"):
         if not isinstance(record.get(key), str):
             what = f"has a {key} that is not a string" if key in record else f"has no {key}"
@@ -139,8 +195,23 @@ def _utterance(line: str, where: str, folder: Path) -> Utterance:
         text=record["text"],
         duration_s=float(duration_s) if isinstance(duration_s, int | float) else None,
         speaker=None if speaker is None else str(speaker),
-        translations={language: _strings(record[language]) for language in LANGUAGES if language in record},
+        translations=_translations(record),
     )
+
+
+def _sentence(record: Mapping[str, Any], where: str) -> Sentence:
+    text, translations = record.get("text", record.get("en")), _translations(record)
+    if "audio" in record or not isinstance(text, str) or not translations:
+        raise DragomanError(
+            "manifest_invalid",
+            f"{where} is no line of a manifest without audio, as line 1 of it is: give every line text and a"
+            f" translation ({', '.join(LANGUAGES)}), or every line audio",
+        )
+    return Sentence(text, translations)
+
+
+def _translations(record: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {language: _strings(record[language]) for language in LANGUAGES if language in record}
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -101,6 +101,27 @@ def normalized_erasure(segments: Iterable[Iterable[str]]) -> float | None:
     return erased / final if final else None
 
 
+def word_delays(deltas: Iterable[tuple[str, float]]) -> tuple[str, tuple[float, ...]]:
+    """Put together a translation and the delays of its words.
+
+    Args:
+        deltas: Pieces of text to append verbatim, each with its delay. A word has the delay of its last piece.
+
+    Returns:
+        The text, and a delay for each of its words.
+    """
+    pieces, delays, within_word = list[str](), list[float](), False
+    for delta, delay in deltas:
+        words = len(delta.split())
+        if within_word and words and not delta[0].isspace():
+            delays[-1] = delay
+            words -= 1
+        delays += [delay] * words
+        within_word = not delta[-1].isspace() if delta else within_word
+        pieces.append(delta)
+    return "".join(pieces).strip(), tuple(delays)
+
+
 def _before(delays: Sequence[float], source_length: float) -> Sequence[float]:
     """The delays of the words before the first that had the whole source."""
     return delays[: next((i for i, delay in enumerate(delays) if delay >= source_length), len(delays))]

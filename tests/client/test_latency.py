@@ -20,6 +20,7 @@ from client.latency import (
     length_adaptive_average_lagging,
     normalized_erasure,
     simultaneous_average_lagging,
+    word_delays,
     write_log,
 )
 from streaming.errors import DragomanError
@@ -106,6 +107,15 @@ def test_erasure_is_that_of_a_naive_count(segments: list[list[list[str]]]) -> No
                 erased += 1
     final = sum(len(states[-1]) for states in segments)
     assert normalized_erasure([map(" ".join, states) for states in segments]) == (erased / final if final else None)
+
+
+@given(st.lists(st.text(" ab", max_size=4), max_size=8))
+def test_a_word_has_the_delay_of_its_last_piece(deltas: list[str]) -> None:
+    text, delays = word_delays([(delta, i) for i, delta in enumerate(deltas)])
+    assert text == "".join(deltas).strip()
+    owners = [(character, i) for i, delta in enumerate(deltas) for character in delta]
+    ends = [i for (c, i), (after, _) in pairwise([*owners, (" ", -1)]) if c != " " and after == " "]
+    assert list(delays) == ends
 
 
 # ----------------------------------------------------------------------------------------------------- OmniSTEval
