@@ -15,11 +15,12 @@ import torch
 import typer
 
 from client.evaluate import read_sets, score, session_configs
-from client.report import markdown_table
+from client.report import draw_curve, markdown_table, require_curve
 from models.checkpoint import load_recognizer, save_checkpoint
 from models.config import ModelConfig
 from models.recognizer import RecognizerNet
 
+CURVE = "curve.svg"
 SCORES_MARK = "<!-- scores -->"
 STEPS_MARK = "<!-- steps -->"
 
@@ -48,10 +49,11 @@ def run_export(
     manifest: Annotated[list[Path], typer.Option(help="What to score; may be given several times.")],
     threads: int = 2,
 ) -> None:
-    """Exports, scores every manifest with both heads, the transducer at every look-ahead, and writes the card.
+    """Exports, scores every manifest with both heads, the transducer at every look-ahead, and writes card and curve.
 
     A recording that cannot be read is named, and leaves the card without scores.
     """
+    require_curve(out.parent / CURVE)
     torch.set_num_threads(threads)
     export(run, tokenizer, out, notes.read_text(encoding="utf-8"))
     recognizer = load_recognizer(out)
@@ -62,6 +64,7 @@ def run_export(
         typer.echo("\n".join(problems), err=True)
         raise typer.Exit(2)
     (run / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n", encoding="utf-8")
+    draw_curve(scores, recognizer.name, out / CURVE)
     table = markdown_table(scores)
     card = (out / "README.md").read_text(encoding="utf-8").replace(SCORES_MARK, table)
     (out / "README.md").write_text(card, encoding="utf-8")

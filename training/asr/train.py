@@ -20,7 +20,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -113,10 +113,10 @@ class Recipe:
     time_share: float = 0.05
 
 
-def small_model_config(gates: int = 0, width: int = 256) -> ModelConfig:
+def small_model_config(gates: int = 0, width: int = 256, lookaheads: Sequence[int] = ()) -> ModelConfig:
     """The shape of the embedded model: 10.6 M parameters, and 0.1 M more with gates over the next ``gates`` frames.
 
-    A ``width`` of 176 makes 5.5 M, for comparisons.
+    A ``width`` of 176 makes 5.5 M. ``lookaheads`` stand in the place of the embedded model's; both are for comparisons.
     """
     encoder = EncoderConfig(
         n_layers=6,
@@ -125,7 +125,7 @@ def small_model_config(gates: int = 0, width: int = 256) -> ModelConfig:
         subsampling_conv_channels=64,
         xscaling=False,
         left_context_frames=56,
-        lookahead_frames=(12, 6, 3, 1, 0) if gates else (6, 3, 1, 0),
+        lookahead_frames=tuple(lookaheads) or ((12, 6, 3, 1, 0) if gates else (6, 3, 1, 0)),
         gate_frames=gates,
     )
     decoder = DecoderConfig(vocab_size=256, pred_hidden=256, joint_hidden=256)
@@ -378,7 +378,11 @@ def run(
     init: Annotated[Path | None, typer.Option(help="Model folder whose weights a new run starts from.")] = None,
     gates: Annotated[int, typer.Option(help="Next frames that each layer may wait for; 0: fixed chunks.")] = 0,
     width: Annotated[int, typer.Option(help="Width of the encoder; a multiple of 4.")] = 256,
+    lookahead_frames: Annotated[
+        list[int] | None, typer.Option(help="Look-aheads of a model for comparison; may be given several times.")
+    ] = None,
     latency_weight: Annotated[float, typer.Option(help="Of the mean delay in frames; with gates.")] = 0.02,
+    hardening_steps: Annotated[int, typer.Option(help="Steps in which gates become hard; with gates.")] = 3000,
     threads: int = 2,
     device: str = "cpu",
     bf16: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
@@ -390,7 +394,8 @@ def run(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:  # several processes under torchrun
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    recipe, config = Recipe(latency_weight=latency_weight), small_model_config(gates, width)
+    recipe = Recipe(latency_weight=latency_weight, hardening_steps=hardening_steps)
+    config = small_model_config(gates, width, lookahead_frames or ())
     trainer = Trainer(config, recipe, device, autocast=bf16)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "last.pt"

@@ -19,7 +19,7 @@ from models.config import FeatureConfig
 from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
-from training.asr.export import SCORES_MARK, export, run_export
+from training.asr.export import CURVE, SCORES_MARK, export, run_export
 from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, spec_augment
 
 RECIPE = Recipe(easy_steps=0, flat_steps=5, rnnt_from_step=5, warmup_steps=1, peak_lr=3e-3)
@@ -171,6 +171,7 @@ def test_an_exported_card_has_the_scores_of_what_is_in_the_folder(tmp_path: Path
     out, threads = tmp_path / "model", torch.get_num_threads()
     files = {"tokenizer": tmp_path / "tokenizer.model", "notes": tmp_path / "notes.md"}
     run_export(tmp_path, **files, out=out, manifest=[manifest], threads=threads)
+    assert "<svg" in (out / CURVE).read_text()
     card = (out / "README.md").read_text()
     rows = re.findall(r"\| dev \| 2 \| 8 \| (rnnt|ctc) \| (\d+) ms \| [\d.]+ % \| (?:\d+|–) / (?:\d+|–) \|", card)
     assert rows == [("ctc", "480"), *(("rnnt", ms) for ms in ("0", "80", "240", "480"))]
