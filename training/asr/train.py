@@ -432,7 +432,7 @@ def run(
     try:
         for easy, end in ((True, min(recipe.easy_steps, steps)), (False, steps)):
             if trainer.step < end:
-                every = valid_every_steps if rank == 0 else steps + 1  # one process saves and validates
+                every = valid_every_steps if rank == 0 else None  # one process saves and validates
                 _loop(trainer, loader(easy=easy), text, end, scale, checkpoint, tokenizer, valid or [], every)
     except KeyboardInterrupt:
         if rank == 0:
@@ -453,7 +453,7 @@ def _loop(
     checkpoint: Path,
     tokenizer: Path,
     valid: list[Path],
-    valid_every_steps: int,
+    valid_every_steps: int | None,
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     sums: dict[str, list[float]] = {}
@@ -473,7 +473,7 @@ def _loop(
                 speed = heard_s / (time.monotonic() - begun)
                 logger.info("step %d lr×%.2f %s %.0f× real time", trainer.step, scale, figures, speed)
                 sums, heard_s, begun = {}, 0.0, time.monotonic()
-            if trainer.step % valid_every_steps == 0 or (trainer.step == end and valid_every_steps <= end):
+            if valid_every_steps and (trainer.step % valid_every_steps == 0 or trainer.step == end):
                 trainer.save(checkpoint)
                 _validate(trainer, tokenizer, valid)
                 begun = time.monotonic()

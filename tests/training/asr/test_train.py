@@ -20,7 +20,7 @@ from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
 from training.asr.export import CURVE, SCORES_MARK, export, run_export
-from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, spec_augment
+from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, run, spec_augment
 
 RECIPE = Recipe(easy_steps=0, flat_steps=5, rnnt_from_step=5, warmup_steps=1, peak_lr=3e-3)
 
@@ -252,3 +252,10 @@ def test_batches_are_bounded_seeded_and_weighted(tmp_path: Path) -> None:
     for item in first:
         assert item.audio_s <= 20 + 6
         assert int(item.slots.min()) > 7 + 100  # the entry of weight 0 has 100 mel frames and is never drawn
+
+
+def test_a_run_leaves_its_checkpoint_however_seldom_it_validates(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    files = {"train": [packed(tmp_path / "packed", [20_000, 24_000])], "tokenizer": tmp_path / "tokenizer.model"}
+    run(**files, out=tmp_path / "run", steps=2, decay_steps=1, valid_every_steps=1000, width=16, threads=1)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
