@@ -52,15 +52,19 @@ class KvCache:
             next_positions=torch.cat([c.next_positions for c in caches]),
         )
 
-    def row(self, index: int) -> KvCache:
-        """A copy of one row, as a cache of batch 1; it shares no memory with this one."""
-        at = slice(index, index + 1)
+    def part(self, start: int, end: int) -> KvCache:
+        """A copy of the rows ``start … end - 1``; it shares no memory with this one."""
+        at = slice(start, end)
         return KvCache(
             memory=self.memory[:, :, at].clone(memory_format=torch.contiguous_format),
             positions=self.positions[at].clone(),
             lengths=self.lengths[at].clone(),
             next_positions=self.next_positions[at].clone(),
         )
+
+    def row(self, index: int) -> KvCache:
+        """A copy of one row, as a cache of batch 1; it shares no memory with this one."""
+        return self.part(index, index + 1)
 
     def rows(self) -> list[KvCache]:
         """Every row as a cache of its own."""

@@ -203,7 +203,8 @@ def _unsupported(sentence: str) -> DragomanError:
 
 
 def _own(data: Mapping[str, Any]) -> LlmConfig:
-    fields = {key: value for key, value in data.items() if key != "model_type"}
+    # What a model of the family was trained for stands in objects of its own beside the shape.
+    fields = {key: value for key, value in data.items() if key not in ("model_type", "translation")}
     try:
         for key in ("rope", "local_rope"):
             if fields.get(key) is not None:

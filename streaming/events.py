@@ -1,6 +1,7 @@
 """Last arrow: the events that a session tells, and their one JSON form.
 
-Text is append-only: the `delta`s of a session, concatenated verbatim, are its transcript. All times are
+Text is append-only: the `delta`s of a session, concatenated verbatim, are its transcript, and those of a language are
+its translation. All times are
 milliseconds of audio since the start of the session. Every event has a `seq` that grows by one.
 """
 
@@ -125,6 +126,47 @@ class TranscriptDelta(_Json):
 
 
 @dataclass(frozen=True)
+class TranslationDelta(_Json):
+    """A chunk of translation, which is final.
+
+    Attributes:
+        seq: Number of this event.
+        delta: Text to append verbatim to the translation into this language; empty only at an endpoint at which
+            nothing was left to say.
+        language: What it is written in.
+        source_words: Indices of the first and the last source word that were read for it, counted from the session's
+            start over all words of its transcript.
+        endpoint: Whether a segment of the source ended with them.
+        source_start_ms: Start of the first of them; None where words came without audio.
+        source_end_ms: End of the last of them; None without audio.
+        emitted_ms: How much audio had come in when the last of them was decided; None without audio.
+        backlog_ms: Time that passed since that audio came in, where a service has measured it.
+    """
+
+    seq: int
+    delta: str
+    language: str
+    source_words: tuple[int, int]
+    endpoint: bool = False
+    source_start_ms: int | None = None
+    source_end_ms: int | None = None
+    emitted_ms: int | None = None
+    backlog_ms: int | None = None
+
+    TYPE: ClassVar[str] = "session.output_transcript.delta"
+
+    def _fields(self) -> dict[str, Any]:
+        times = {key: getattr(self, key) for key in ("source_start_ms", "source_end_ms", "emitted_ms", "backlog_ms")}
+        return {
+            "delta": self.delta,
+            "language": self.language,
+            **{key: ms for key, ms in times.items() if ms is not None},
+            "source_words": list(self.source_words),
+            "endpoint": self.endpoint,
+        }
+
+
+@dataclass(frozen=True)
 class SessionClosed(_Json):
     """The session is over and everything is told; `audio_ms` is how much audio it had."""
 
@@ -151,7 +193,7 @@ class ErrorEvent(_Json):
         return {"error": {"code": self.code, "message": self.message}}
 
 
-Event = SessionCreated | SessionUpdated | TranscriptDelta | SessionClosed | ErrorEvent
+Event = SessionCreated | SessionUpdated | TranscriptDelta | TranslationDelta | SessionClosed | ErrorEvent
 
 
 def parse_event(text: str | bytes) -> Event:
@@ -173,6 +215,8 @@ def parse_event(text: str | bytes) -> Event:
                 return SessionUpdated(data["session"], data["seq"])
             case TranscriptDelta.TYPE:
                 return _parse_transcript_delta(data)
+            case TranslationDelta.TYPE:
+                return _parse_translation_delta(data)
             case SessionClosed.TYPE:
                 return SessionClosed(data["seq"], data["audio_ms"])
             case ErrorEvent.TYPE:
@@ -186,3 +230,9 @@ def _parse_transcript_delta(data: dict[str, Any]) -> TranscriptDelta:
     keys = ("seq", "delta", "start_ms", "end_ms", "emitted_ms", "segment", "endpoint")
     words = tuple(Word(word["word"], word["start_ms"], word["end_ms"], word["confidence"]) for word in data["words"])
     return TranscriptDelta(**{key: data[key] for key in keys}, words=words, backlog_ms=data.get("backlog_ms"))
+
+
+def _parse_translation_delta(data: dict[str, Any]) -> TranslationDelta:
+    first, last = data["source_words"]
+    times = {key: data.get(key) for key in ("source_start_ms", "source_end_ms", "emitted_ms", "backlog_ms")}
+    return TranslationDelta(data["seq"], data["delta"], data["language"], (first, last), data["endpoint"], **times)

@@ -1,4 +1,4 @@
-"""One speaker's session without I/O: audio in, events out.
+"""One speaker's session without I/O: audio in, events out, in the speaker's language and in others.
 
     session = Session(load_recognizer())
     for pcm in microphone:
@@ -9,13 +9,16 @@
 Everything that a session remembers is a value that each step replaces and never changes in place. A copy of a
 session is therefore shallow and free, and a flush in mid-stream is the end of the audio on such a copy. Several
 sessions advance as one batch with :func:`tick`; a session alone is a batch of one.
+
+What the transcript has told is translated before it goes on, so that the order of a session's events does not depend
+on how its audio came.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -24,11 +27,14 @@ import numpy as np
 from models import vad
 from models.config import FRAME_MS, FRAME_SAMPLES
 from models.recognizer import Recognizer
+from models.translator import LATENCIES, Translator
 from streaming.audio import AudioFormat, AudioNormalizer
 from streaming.encoder import Encoded, EncoderStream, encode
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.features import GROUP_TAIL_SAMPLES, front_end
+from streaming.glossary import check_glossary
+from streaming.interpreter import UNNUMBERED, Interpretation, Teller, translate
 from streaming.text import EmittedWord, FlushGuard, TextState, WordAssembler, close_segment
 from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
 
@@ -57,6 +63,9 @@ class SessionConfig:
         lookahead: For a model that looks ahead in chunks: ``fixed``, chunks of one size, or ``adaptive``, each chunk
             the smallest that leaves decoder and voice activity without doubts. None: ``fixed``, or for a model
             whose layers decide, ``adaptive``, which is all that it can do.
+        languages: Languages to translate into; none for the transcript only.
+        latency: How long the translation waits for more words, one of :data:`models.translator.LATENCIES`.
+        glossary: Terms whose translations are fixed: ``{term: {language: translation}}``.
     """
 
     audio: AudioFormat = AudioFormat()
@@ -64,6 +73,9 @@ class SessionConfig:
     decoder: Decoder = "rnnt"
     endpoint_silence_ms: int = 800
     lookahead: Lookahead | None = None
+    languages: tuple[str, ...] = ()
+    latency: str = "medium"
+    glossary: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 240 <= self.endpoint_silence_ms <= 10_000:
@@ -75,22 +87,32 @@ class SessionConfig:
             raise DragomanError(
                 "unsupported_lookahead", f"lookahead is {self.lookahead!r}; choose fixed or adaptive, or leave it out"
             )
+        if self.latency not in LATENCIES:
+            raise DragomanError(
+                "unsupported_latency", f"latency is {self.latency!r}; choose one of {', '.join(LATENCIES)}"
+            )
+        check_glossary(self.glossary)
 
 
-class Session:
-    """Speech of one source to a growing transcript.
+class Session(Teller):
+    """Speech of one source to a growing transcript and growing translations.
 
     Args:
         recognizer: The model; shared, never changed.
         config: What the client chose.
+        translator: The model that translates, if the client may choose languages; shared, never changed.
 
     Raises:
-        DragomanError: ``unsupported_lookahead`` or ``unsupported_decoder`` if the model cannot do what is asked, or the
-            setting is unknown.
+        DragomanError: ``unsupported_lookahead``, ``unsupported_decoder``, ``unsupported_language`` or
+            ``unsupported_latency`` if the models cannot do what is asked, or the setting is unknown.
     """
 
-    def __init__(self, recognizer: Recognizer, config: SessionConfig | None = None) -> None:
+    def __init__(
+        self, recognizer: Recognizer, config: SessionConfig | None = None, translator: Translator | None = None
+    ) -> None:
         self.config = config or SessionConfig()
+        c = self.config
+        super().__init__(Interpretation.begin(translator, c.languages, c.latency, c.glossary))
         self.recognizer = recognizer
         self._audio = AudioNormalizer(self.config.audio)
         self._front_end = front_end(recognizer.config.features)
@@ -105,9 +127,7 @@ class Session:
         self._text = TextState()
         self._recent = np.zeros(0, np.float32)  # audio that an endpoint may still ask about
         self._audio_samples = 0
-        self._events: tuple[Event, ...] = ()
         self._fresh: tuple[Token, ...] = ()  # pieces decided since the events were last taken
-        self._seq = 0
         self._closed = False
 
     # ------------------------------------------------------------------------------------------- one session
@@ -132,7 +152,10 @@ class Session:
             expected=tuple(token.piece for token in fork._fresh),
         )
         self._text = replace(fork._text, pending=(), silent_from_frame=self._text.silent_from_frame, guard=guard)
-        events = [event for event in fork.take_events() if isinstance(event, TranscriptDelta)]
+        # What the flush has told is told and translated; the translation goes on from there.
+        self._interpretation = fork._interpretation
+        self._untold = tuple(event for event in self._untold if isinstance(event, ErrorEvent | SessionClosed))
+        events = [event for event in fork.take_events() if isinstance(event, TranscriptDelta | TranslationDelta)]
         self._seq += len(events)
         return list(events)
 
@@ -160,18 +183,21 @@ class Session:
         try:
             self._take(self._audio.finish(), last=False)
         except DragomanError as error:  # half a sample at the end must not cost the words before it
-            self._emit(ErrorEvent(self._next_seq(), error.code, str(error)))
+            self._emit(ErrorEvent(UNNUMBERED, error.code, str(error)))
             self._take(self._audio.tail(), last=False)
         self._pad()
 
     def ready(self, max_chunks: int = 1) -> bool:
         """Whether a tick would advance this session."""
-        return self._encoder.ready_frames(max_chunks) > 0
+        return self.translates or self._encoder.ready_frames(max_chunks) > 0
 
     @property
     def decided_ms(self) -> int:
-        """Audio before this moment will bring no further words."""
-        return self._decoder.frames[0] * FRAME_MS
+        """Audio before this moment will bring no further events."""
+        decoded_ms = self._decoder.frames[0] * FRAME_MS
+        if not self.translates or self._interpretation is None or not self._interpretation.words:
+            return decoded_ms
+        return min(decoded_ms, self._interpretation.words[-1].emitted_ms or 0)
 
     def take_events(self) -> list[Event]:
         """The events since the last call."""
@@ -207,7 +233,7 @@ class Session:
     def _pad(self) -> None:
         """Ends the features, with so much silence after the audio that the last word is emitted."""
         if not self._audio_samples:
-            self._emit(SessionClosed(self._next_seq(), 0))
+            self._emit(SessionClosed(UNNUMBERED, 0))
             return
         heard = self._audio_samples
         padding_frames = max(FLUSH_FRAMES, min(self._encoder.lookahead_frames + 1, MAX_FLUSH_FRAMES))
@@ -231,9 +257,9 @@ class Session:
             if ended or finished:
                 last, self._text = self._words.close_word(self._text)
                 words += last
-            self._tell(words, reach, closes=ended or finished)
+            self._transcribed(words, reach, closes=ended or finished)
         if self._at_end():
-            self._emit(SessionClosed(self._next_seq(), self._audio_samples // SAMPLES_PER_MS))
+            self._emit(SessionClosed(UNNUMBERED, self._audio_samples // SAMPLES_PER_MS))
         self._forget(end)
 
     def _has_doubts(self, done: Encoded, tokens: list[Token]) -> bool:
@@ -247,7 +273,7 @@ class Session:
     def _at_end(self) -> bool:
         return self._encoder.ended and not len(self._encoder.groups)
 
-    def _tell(self, words: list[EmittedWord], reach: int, *, closes: bool) -> None:
+    def _transcribed(self, words: list[EmittedWord], reach: int, *, closes: bool) -> None:
         if words:
             audio_ms = self._audio_samples // SAMPLES_PER_MS
             needed_ms = -(-(reach * FRAME_SAMPLES + GROUP_TAIL_SAMPLES) // SAMPLES_PER_MS)
@@ -255,7 +281,7 @@ class Session:
             limit_ms = min(needed_ms, audio_ms) if self._closed else needed_ms
             times = [word.word.clipped(limit_ms) for word in words]
             event = TranscriptDelta(
-                seq=self._next_seq(),
+                seq=UNNUMBERED,
                 delta="".join(word.delta for word in words),
                 start_ms=times[0].start_ms,
                 end_ms=times[-1].end_ms,
@@ -265,6 +291,8 @@ class Session:
                 words=tuple(times),
             )
             self._emit(event)
+        elif closes:
+            self._emit(None)
         if closes and self._text.segment_words:
             self._text = close_segment(self._text)
 
@@ -281,23 +309,20 @@ class Session:
         keep_from = (end_frame - max(self._silence_frames, SILENCE_EVIDENCE_FRAMES) - 1) * FRAME_SAMPLES
         self._recent = self._recent[max(0, keep_from - self._recent_start()) :]
 
-    def _emit(self, event: Event) -> None:
-        self._events = (*self._events, event)
-
-    def _next_seq(self) -> int:
-        self._seq += 1
-        return self._seq - 1
-
 
 def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
-    """Advances every ready session by a step of one common batch; their events wait in ``take_events``.
+    """Advances every ready session by a step of common batches; their events wait in ``take_events``.
+
+    A session either translates what it has told or goes on with its audio.
 
     Args:
         sessions: Sessions of one recognizer, ready or not.
         max_chunks: Chunks of a session to run at once, where so much audio is there; see
             :func:`streaming.encoder.encode`.
     """
-    ready = [session for session in sessions if session.ready(max_chunks)]
+    translating = [session for session in sessions if session.translates]
+    ready = [session for session in sessions if not session.translates and session.ready(max_chunks)]
+    translate(translating)
     if not ready:
         return
     net = ready[0].recognizer.net

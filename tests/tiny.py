@@ -9,7 +9,11 @@ import sentencepiece
 import torch
 
 from models.config import DecoderConfig, EncoderConfig, FeatureConfig, ModelConfig
+from models.llm import Llm
+from models.llm_config import LlmConfig
 from models.recognizer import Recognizer, RecognizerNet
+from models.tokenizer import SentencePieceTokenizer
+from models.translator import END_OF_READ, END_OF_WRITE, LATENCIES, TranslationConfig, Translator
 
 PIECES = 64
 
@@ -59,3 +63,38 @@ def net(shape: ModelConfig | None = None, seed: int = 0) -> RecognizerNet:
 def recognizer(seed: int = 0, gates: int = 0) -> Recognizer:
     """A frozen tiny model with its tokenizer."""
     return Recognizer(net(config(gates=gates), seed), tokenizer())
+
+
+@cache
+def translation_tokenizer() -> bytes:
+    """A SentencePiece model of 340 pieces, bytes among them, with the symbols of an interleaved model."""
+    words = (
+        "the speaker is still talking and el hablante sigue hablando y nada se retira der Sprecher redet noch".split()
+    )
+    sentences = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    languages = ("en", "es", "de", "fr")
+    symbols = [END_OF_READ, END_OF_WRITE, *(f"<|{name}|>" for name in (*languages, *LATENCIES))]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 4), model_writer=model, vocab_size=340, model_type="unigram",
+        byte_fallback=True, user_defined_symbols=symbols, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@cache
+def translator(seed: int = 0, *, max_context_tokens: int = 512) -> Translator:
+    """Random weights of which about every third word leads to a write, and a write has some tokens or many."""
+    tokenizer = SentencePieceTokenizer(translation_tokenizer())
+    torch.manual_seed(seed)
+    shape = LlmConfig(
+        vocab_size=tokenizer.size + 3, d_model=32, d_ff=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, tied=False
+    )
+    llm = Llm(shape)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.05 * torch.randn_like(parameter))
+        assert llm.lm_head is not None
+        for symbol in (END_OF_READ, END_OF_WRITE):
+            llm.lm_head.weight[tokenizer.id_of(symbol)] *= 5.0
+    return Translator(llm.freeze(), tokenizer, TranslationConfig(max_context_tokens=max_context_tokens), name="tiny")

@@ -1,0 +1,545 @@
+"""Words to translation: a language model that reads and writes in one sequence, and decides itself when to write.
+
+    <prompt>  source words … <|end-of-read|> target … <|end-of-write|>  source words … <|end-of-read|> …
+
+After each source word the model writes if it finds ``<|end-of-read|>`` probable enough. It then writes greedily up to
+``<|end-of-write|>``. What is written is shown, and never taken back. The sequence consists of ids from end to end;
+nothing is encoded twice, and what was read stays in the cache.
+
+One forward takes a few words of the rows that read and one token of those that write. A row that decides to write
+after an earlier one of its words forgets the later ones again and reads them after the write: its output is that of
+reading word by word, and no row's depends on the others.
+
+- *A write is forced* after a word that closes a segment, and after so many tokens without a write as a quarter of the
+  context. At the latency ``offline`` no other write happens.
+- *A write ends*, though the model would go on, at a cap of :func:`write_cap` tokens, and when the last tokens repeat
+  (:func:`looping`), of which one repetition is kept.
+- *Context is bounded*: when a row's tokens exceed the model's ``max_context_tokens``, its oldest chunks leave the cache
+  until three quarters are left, and the prompt moves up to them, so that the sequence looks to the model as a shorter
+  one does. If no chunk may stay, the row begins anew.
+- *Glossary*: a term is due in the chunk in which its last word was read. If the finished chunk does not have it, the
+  write goes back to the place at which the term costs the model least, takes it as if the model had written it, and
+  goes on from there. Places are those at which the model itself began a word, or ended; the cost of a place is how much
+  less likely the term's first token was there than the model's own choice.
+
+Source of the format: Fu et al., EAST (arXiv 2504.09570), §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from models.kv_cache import KvCache
+from models.tokenizer import decode
+from models.translator import Direction, Policy, Translator
+from streaming.errors import DragomanError
+from streaming.glossary import MAX_TERM_WORDS, Glossary, Term, terms, word_key
+
+#: Words of a row that one forward reads, so that little is read in vain when an early one leads to a write.
+MAX_WORDS_PER_FORWARD = 8
+#: What a write may have at most, whatever was read.
+MAX_WRITE_TOKENS = 256
+#: Positions beyond this one are not exact enough; a row that gets here begins anew with its next chunk.
+MAX_POSITION = 1 << 17
+#: The longest repetition that counts as a loop, in tokens.
+MAX_LOOP_PERIOD = 16
+
+
+@dataclass(frozen=True)
+class TranslatedChunk:
+    """What one write has added to the text of one language.
+
+    Attributes:
+        row: Row of the session's state.
+        language: What it is written in.
+        delta: Text to append verbatim.
+        ids: Its tokens, ``<|end-of-write|>`` left out.
+        first_word: Index, from the session's start, of the first source word that was read since the write before.
+        last_word: Index of the last one that had been read.
+        endpoint: Whether the last one closed a segment.
+    """
+
+    row: int
+    language: str
+    delta: str
+    ids: tuple[int, ...]
+    first_word: int
+    last_word: int
+    endpoint: bool
+
+
+@dataclass(frozen=True)
+class SourceWord:
+    """A word on its way into a row.
+
+    Attributes:
+        ids: Its tokens, perhaps none.
+        key: The word as the glossary sees it.
+        closes: Whether it closes a segment.
+    """
+
+    ids: tuple[int, ...]
+    key: str
+    closes: bool = False
+
+
+@dataclass(frozen=True)
+class DueTerm:
+    """A term that the open write has to have.
+
+    Attributes:
+        term: The entry.
+        cost: Of the best place so far, in nats.
+        place: Tokens of the write that stand before that place.
+    """
+
+    term: Term
+    cost: float = float("inf")
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class OpenWrite:
+    """A write that is not finished, and not shown.
+
+    Attributes:
+        closes: Whether the word before it closed a segment.
+        cap: Tokens that it may have.
+        ids: Its tokens so far.
+        due: Terms that it has to have.
+    """
+
+    closes: bool
+    cap: int
+    ids: tuple[int, ...] = ()
+    due: tuple[DueTerm, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """The past of one direction, without its cache.
+
+    Attributes:
+        direction: What it translates.
+        terms: Its glossary.
+        pending: Tokens that are decided and that the model has not read yet; at first the prompt.
+        queue: Words that have not been read.
+        read: Words that have been read since the last write.
+        words: How many words have been read in all.
+        before: Keys of the last words before ``read``.
+        pairs: Tokens of each finished chunk that is still in the context, oldest first.
+        write: The open write; None while the row reads.
+        begun: Whether it has shown anything.
+    """
+
+    direction: Direction
+    terms: tuple[Term, ...]
+    pending: tuple[int, ...]
+    queue: tuple[SourceWord, ...] = ()
+    read: tuple[SourceWord, ...] = ()
+    words: int = 0
+    before: tuple[str, ...] = ()
+    pairs: tuple[int, ...] = ()
+    write: OpenWrite | None = None
+    begun: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward would advance it."""
+        return bool(self.queue) or self.write is not None
+
+    @property
+    def context(self) -> int:
+        """Tokens of the prompt and of the finished chunks."""
+        return len(self.direction.prompt) + sum(self.pairs)
+
+    @property
+    def unread_tokens(self) -> int:
+        """Tokens that were read since the last write."""
+        return sum(len(word.ids) for word in self.read)
+
+
+@dataclass(frozen=True)
+class TranslationState:
+    """The past of one session's rows; a value. Its cache's ownership rule holds for it (:class:`KvCache`).
+
+    Attributes:
+        rows: One for each target language.
+        cache: Their tokens.
+    """
+
+    rows: tuple[Row, ...]
+    cache: KvCache
+
+    @staticmethod
+    def cat(states: Sequence[TranslationState]) -> TranslationState:
+        """One batch of the rows of several states; a single one is returned as it is."""
+        if len(states) == 1:
+            return states[0]
+        return TranslationState(
+            tuple(row for state in states for row in state.rows), KvCache.cat([state.cache for state in states])
+        )
+
+    def split(self, sizes: Sequence[int]) -> list[TranslationState]:
+        """The reverse of :meth:`cat`: states of so many rows each, which share no memory."""
+        if len(sizes) == 1:
+            return [self]
+        states, start = [], 0
+        for size in sizes:
+            end = start + size
+            states.append(TranslationState(self.rows[start:end], self.cache.part(start, end)))
+            start = end
+        return states
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one forward reads of one row.
+
+    Attributes:
+        tokens: The ids.
+        asks: Indices of those after which an answer is needed.
+        words: For a row that reads: each word's number of tokens up to its end, and whether a write must follow it;
+            None for "if the model says so".
+    """
+
+    tokens: tuple[int, ...] = ()
+    asks: tuple[int, ...] = ()
+    words: tuple[tuple[int, bool | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the model said, for each position that was asked about.
+
+    Attributes:
+        end_of_read: Its probability.
+        choices: The best token that may be written.
+        logits: ``float32[N, vocab_size]``.
+    """
+
+    end_of_read: list[float]
+    choices: list[int]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Reads and writes with a model that was trained on interleaved text; a :class:`streaming.interpreter.Interpreter`.
+
+    Attributes:
+        translator: The model; shared, never changed.
+    """
+
+    translator: Translator
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides when to write."""
+        return self.translator.policy
+
+    def init_state(self, directions: Sequence[Direction], glossary: Glossary | None = None) -> TranslationState:
+        """The state of one session, which has read nothing: a row for each direction.
+
+        Args:
+            directions: At least one, from :meth:`Translator.direction`.
+            glossary: As :func:`streaming.glossary.check_glossary` passes it.
+        """
+        rows = tuple(Row(d, terms(glossary or {}, d.target, self.translator), pending=d.prompt) for d in directions)
+        return TranslationState(rows, self.translator.llm.init_state(len(rows)))
+
+    def feed(self, state: TranslationState, words: Sequence[str], *, closes: bool = False) -> TranslationState:
+        """Queues words for every row, and computes nothing.
+
+        Args:
+            state: The past.
+            words: Complete source words, without white space.
+            closes: Whether a segment ends with them, or without any, with what was read before; a write follows.
+        """
+        new = self._source_words(words, closes=closes)
+        return replace(state, rows=tuple(self._fed(row, new, closes=closes) for row in state.rows))
+
+    def ready(self, state: TranslationState) -> bool:
+        """Whether a step would advance any row."""
+        return any(row.busy for row in state.rows)
+
+    def revise(self, state: TranslationState, dropped: int, words: Sequence[str]) -> TranslationState:
+        """Replaces the last source words by others; only what is behind them is read again.
+
+        Args:
+            state: The past, which must not be used any more.
+            dropped: How many of the last words to drop, of those that were fed.
+            words: Words to come in their place.
+
+        Raises:
+            DragomanError: ``already_translated`` if one of them has been written upon, and shown.
+        """
+        free = min(len(row.read) + len(row.queue) for row in state.rows)
+        if dropped > free:
+            raise DragomanError(
+                "already_translated",
+                f"the last {dropped} words cannot be revised: only the last {free} have not been translated yet, and"
+                " what is shown is never taken back",
+            )
+        rows, lengths = [], []
+        for row, length in zip(state.rows, state.cache.lengths.tolist(), strict=True):
+            row, kept = _without_last(row, dropped, length)
+            rows.append(row)
+            lengths.append(kept)
+        return self.feed(TranslationState(tuple(rows), state.cache.crop(torch.tensor(lengths))), words)
+
+    def step(
+        self, states: Sequence[TranslationState], *, max_forwards: int = 1
+    ) -> tuple[list[list[TranslatedChunk]], list[TranslationState]]:
+        """Advances the rows of several sessions in common forwards.
+
+        Args:
+            states: Those of the sessions; one may have nothing to do.
+            max_forwards: How many forwards to run at most. The result of repeated steps does not depend on it.
+
+        Returns:
+            For each session the chunks that were finished, in their order, and the states.
+        """
+        state = TranslationState.cat(states)
+        owners = [(i, row) for i, one in enumerate(states) for row in range(len(one.rows))]
+        chunks: list[list[TranslatedChunk]] = [[] for _ in states]
+        for _ in range(max_forwards):
+            if not self.ready(state):
+                break
+            finished, state = self._forward(state)
+            for batch_row, chunk in finished:
+                owner, row = owners[batch_row]
+                chunks[owner].append(replace(chunk, row=row))
+        return chunks, state.split([len(one.rows) for one in states])
+
+    # ------------------------------------------------------------------------------------------------ one forward
+
+    @torch.no_grad()
+    def _forward(self, state: TranslationState) -> tuple[list[tuple[int, TranslatedChunk]], TranslationState]:
+        plans = [self._plan(row) for row in state.rows]
+        answers, cache = self._ask(state, plans)
+        rows, finished, keep, asked = [], [], cache.lengths.tolist(), 0
+        for b, (row, plan) in enumerate(zip(state.rows, plans, strict=True)):
+            if row.write is not None:
+                row, keep[b], chunk = self._after_write(row, row.write, answers, asked)
+                if chunk is not None:
+                    finished.append((b, chunk))
+            elif plan.words:
+                before = keep[b] - len(plan.tokens)
+                row, read = self._after_read(row, plan, answers.end_of_read[asked : asked + len(plan.asks)])
+                keep[b] = before + read
+            rows.append(row)
+            asked += len(plan.asks)
+        state = TranslationState(tuple(rows), cache.crop(torch.tensor(keep)))
+        return finished, self._bounded(state, [b for b, _ in finished])
+
+    def _plan(self, row: Row) -> _Plan:
+        """What a row reads next: its open write's last token, or words up to one after which it must write."""
+        if row.write is not None:
+            return _Plan(row.pending, (len(row.pending) - 1,))
+        tokens, asks, words, unread = row.pending, [], [], row.unread_tokens
+        for word in row.queue[:MAX_WORDS_PER_FORWARD]:
+            tokens, unread = tokens + word.ids, unread + len(word.ids)
+            must: bool | None = (word.closes or unread >= self._max_unread_tokens(row)) and unread > 0
+            if not must and word.ids and row.direction.latency != "offline":
+                must = None
+                asks.append(len(tokens) - 1)
+            words.append((len(tokens), must))
+            if must:
+                break
+        return _Plan(tokens, tuple(asks), tuple(words))
+
+    def _ask(self, state: TranslationState, plans: list[_Plan]) -> tuple[_Answers, KvCache]:
+        """Reads what is planned in one forward."""
+        t, counts = self.translator, torch.tensor([len(plan.tokens) for plan in plans])
+        tokens = torch.zeros(len(plans), max(1, int(counts.max())), dtype=torch.int64)
+        for b, plan in enumerate(plans):
+            tokens[b, : len(plan.tokens)] = torch.tensor(plan.tokens, dtype=torch.int64)
+        hidden, cache = t.llm.hidden(tokens, counts, state.cache)
+        assert cache is not None
+        asks = [(b, index) for b, plan in enumerate(plans) for index in plan.asks]
+        if not asks:
+            return _Answers([], [], hidden), cache
+        rows, indices = torch.tensor(asks, device=hidden.device).T
+        logits = t.llm.logits(hidden[rows, indices]).float()
+        writes = [state.rows[b].write for b, _ in asks]
+        begins = torch.tensor([write is not None and not write.ids for write in writes], device=hidden.device)
+        masked = logits.masked_fill(torch.where(begins[:, None], t.unable_to_begin, t.unwritable), -torch.inf)
+        end_of_read = (logits[:, t.end_of_read] - logits.logsumexp(-1)).exp()
+        return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits), cache
+
+    # ---------------------------------------------------------------------------------------------------- reading
+
+    def _source_words(self, words: Sequence[str], *, closes: bool) -> tuple[SourceWord, ...]:
+        last = len(words) - 1
+        encode = self.translator.encode_word
+        return tuple(SourceWord(encode(w), word_key(w), closes and i == last) for i, w in enumerate(words))
+
+    def _fed(self, row: Row, new: tuple[SourceWord, ...], *, closes: bool) -> Row:
+        if new or not closes:
+            return replace(row, queue=row.queue + new)
+        if row.queue:
+            return replace(row, queue=(*row.queue[:-1], replace(row.queue[-1], closes=True)))
+        if row.write is not None:
+            return replace(row, write=replace(row.write, closes=True))
+        if not row.unread_tokens:
+            return row
+        return self._writing(replace(row, read=(*row.read[:-1], replace(row.read[-1], closes=True))))
+
+    def _max_unread_tokens(self, row: Row) -> int:
+        return max(1, (self.translator.config.max_context_tokens - len(row.direction.prompt)) // 4)
+
+    def _after_read(self, row: Row, plan: _Plan, probabilities: list[float]) -> tuple[Row, int]:
+        """The row after its words, up to the first after which it writes, and how many tokens that are."""
+        answers, threshold = iter(probabilities), self.translator.config.read_threshold
+        for i, (tokens, must) in enumerate(plan.words):
+            writes = next(answers) >= threshold if must is None else must
+            if writes or i + 1 == len(plan.words):
+                read = row.read + row.queue[: i + 1]
+                row = replace(row, read=read, queue=row.queue[i + 1 :], words=row.words + i + 1, pending=())
+                return (self._writing(row) if writes else row), tokens
+        raise AssertionError("a row that reads has a word to read")
+
+    def _writing(self, row: Row) -> Row:
+        """The row at the beginning of a write."""
+        keys = row.before + tuple(word.key for word in row.read)
+        ends = range(len(row.before) + 1, len(keys) + 1)
+        due = tuple(DueTerm(term) for term in row.terms if any(term.ends(keys[:end]) for end in ends))
+        write = OpenWrite(row.read[-1].closes, write_cap(row.unread_tokens), due=due)
+        return replace(row, write=write, pending=(*row.pending, self.translator.end_of_read))
+
+    # ---------------------------------------------------------------------------------------------------- writing
+
+    def _after_write(
+        self, row: Row, write: OpenWrite, answers: _Answers, at: int
+    ) -> tuple[Row, int, TranslatedChunk | None]:
+        """The row after one more token, how many tokens it then has in the cache, and the chunk if it is finished."""
+        token, begin = answers.choices[at], row.context + row.unread_tokens + 1
+        ids, cached = write.ids, len(write.ids)
+        if write.due:
+            write = replace(write, due=self._priced(write, token, answers.logits[at]))
+        if token != self.translator.end_of_write:
+            ids = (*ids, token)
+            loop = looping(ids)
+            if not loop and len(ids) < write.cap:
+                return replace(row, write=replace(write, ids=ids), pending=(token,)), begin + cached, None
+            ids = ids[: len(ids) - loop]
+        missing = next(
+            (due for due in write.due if not due.term.stands_in(decode(self.translator.tokenizer, ids))), None
+        )
+        if missing is not None:
+            row, kept = _with_term(row, write, ids, missing)
+            return row, begin + kept, None
+        kept = min(cached, len(ids))
+        row, chunk = self._shown(row, write, ids)
+        return replace(row, pending=(*ids[kept:], self.translator.end_of_write)), begin + kept, chunk
+
+    def _priced(self, write: OpenWrite, token: int, logits: Tensor) -> tuple[DueTerm, ...]:
+        """The terms that are due, when this is also a place for them."""
+        starts = self.translator.tokenizer.word_starts
+        if starts is not None and token not in starts and token != self.translator.end_of_write:
+            return write.due
+        first = torch.tensor([due.term.ids[0] for due in write.due], device=logits.device)
+        costs = (logits[token] - logits[first]).tolist()
+        place = len(write.ids)
+        return tuple(
+            replace(due, cost=cost, place=place) if cost < due.cost else due
+            for due, cost in zip(write.due, costs, strict=True)
+        )
+
+    def _shown(self, row: Row, write: OpenWrite, ids: tuple[int, ...]) -> tuple[Row, TranslatedChunk]:
+        text = decode(self.translator.tokenizer, ids)
+        delta = text if row.begun else text.lstrip(" ")
+        first_word = row.words - len(row.read)
+        chunk = TranslatedChunk(0, row.direction.target, delta, ids, first_word, row.words - 1, write.closes)
+        row = replace(
+            row,
+            read=(),
+            before=(row.before + tuple(word.key for word in row.read))[-(MAX_TERM_WORDS - 1) :],
+            pairs=(*row.pairs, row.unread_tokens + len(ids) + 2),
+            write=None,
+            begun=row.begun or bool(delta),
+        )
+        return row, chunk
+
+    # ---------------------------------------------------------------------------------------------------- context
+
+    def _bounded(self, state: TranslationState, finished: list[int]) -> TranslationState:
+        """Lets old chunks go where a row has finished one and has too many."""
+        rows, limit = list(state.rows), self.translator.config.max_context_tokens
+        keep_first, start = torch.zeros_like(state.cache.lengths), torch.zeros_like(state.cache.lengths)
+        moved = []
+        for b in finished:
+            row, lost = rows[b], 0
+            if (exact := int(state.cache.next_positions[b]) < MAX_POSITION) and row.context <= limit:
+                continue
+            while row.pairs and (not exact or row.context > limit * 3 // 4):
+                lost, row = lost + row.pairs[0], replace(row, pairs=row.pairs[1:])
+            if row.pairs:
+                keep_first[b] = len(row.direction.prompt)
+                start[b] = keep_first[b] + lost
+                moved.append(b)
+            else:
+                start[b], row = state.cache.lengths[b], replace(row, pending=row.direction.prompt)
+            rows[b] = row
+        if not bool(start.any()):
+            return state
+        cache = state.cache.evict(keep_first, start)
+        cache.next_positions[cache.lengths == 0] = 0
+        for b in moved:
+            self._move_prompt(cache, b, rows[b].direction.prompt)
+        return TranslationState(tuple(rows), cache)
+
+    def _move_prompt(self, cache: KvCache, b: int, prompt: tuple[int, ...]) -> None:
+        """Reads the prompt again, right before the oldest chunk, into a cache that nobody shares."""
+        if not (n := len(prompt)):
+            return
+        first = int(cache.positions[b, n]) - n
+        llm, positions = self.translator.llm, first + torch.arange(n)[None]
+        empty = llm.init_state(1, capacity=n)
+        _, fresh = llm.hidden(torch.tensor([prompt]), torch.tensor([n]), empty, positions=positions)
+        assert fresh is not None
+        cache.memory[:, :, b, :, :n] = fresh.memory[:, :, 0, :, :n]
+        cache.positions[b, :n] = positions[0]
+
+
+def write_cap(source_tokens: int) -> int:
+    """Tokens that a write may have upon so many tokens read."""
+    return min(MAX_WRITE_TOKENS, 2 * source_tokens + 25)
+
+
+def looping(ids: Sequence[int]) -> int:
+    """How many of the last tokens only repeat what stands before them; 0 if they are no loop.
+
+    A loop is a run of at most :data:`MAX_LOOP_PERIOD` tokens that stands three times at the end, a run of one token
+    eight times and one of two tokens four times.
+    """
+    for period in range(1, min(MAX_LOOP_PERIOD, len(ids) // 3) + 1):
+        length = period * max(3, -(-8 // period))
+        if len(ids) >= length and all(ids[-i] == ids[-i - period] for i in range(1, length - period + 1)):
+            return length - period
+    return 0
+
+
+def _with_term(row: Row, write: OpenWrite, ids: tuple[int, ...], missing: DueTerm) -> tuple[Row, int]:
+    """The row when a term has been forced into its write, and the write's tokens that remain in the cache."""
+    place = min(missing.place, len(ids))
+    due = tuple(DueTerm(other.term) for other in write.due if other is not missing)
+    forced = missing.term.ids
+    write = OpenWrite(write.closes, write.cap + len(forced), ids[:place] + forced, due)
+    return replace(row, write=write, pending=forced), place
+
+
+def _without_last(row: Row, dropped: int, length: int) -> tuple[Row, int]:
+    """A row without its last words, of which none is written upon, and the tokens it keeps in the cache."""
+    queued = min(dropped, len(row.queue))
+    row = replace(row, queue=row.queue[: len(row.queue) - queued])
+    if not (unread := dropped - queued):
+        return row, length
+    read = row.read[: len(row.read) - unread]
+    row = replace(row, read=read, words=row.words - unread, write=None, pending=())
+    return row, row.context + row.unread_tokens
