@@ -14,8 +14,13 @@ from torch import Tensor
 _NEVER = -1e30
 
 
-def transducer_loss(logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, blank: int) -> Tensor:
+def transducer_loss(
+    logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, blank: int, *, cost: Tensor | None = None
+) -> Tensor:
     """Negative log-probability of the targets, summed over all alignments and all rows (fp32 scalar).
+
+    With costs it is ``-log Σ P(alignment) exp(-cost of the alignment)``: alignments that cost less count for more, and
+    what makes a cost (such as the look-ahead of a frame) is pushed as hard as the emissions that pay it are probable.
 
     Args:
         logits: ``[B, T, U + 1, V]``, scores of the joint.
@@ -23,10 +28,13 @@ def transducer_loss(logits: Tensor, targets: Tensor, frames: Tensor, lengths: Te
         frames: ``int64[B]``, real frames of each row, 1 … T.
         lengths: ``int64[B]``, real targets of each row, 0 … U.
         blank: Which of the V entries moves on to the next frame; the others stay.
+        cost: ``[B, T, U]``, in nats, of emitting each target at each frame; None: nothing costs.
     """
     scores = logits.float().log_softmax(-1)
     B, T, width, _ = scores.shape
     stay = scores[:, :, :-1].gather(3, targets[:, None, :, None].expand(B, T, width - 1, 1))[..., 0]
+    if cost is not None:
+        stay = stay - cost
     moves = _diagonals(scores[..., blank]).unbind(2)
     stays = _diagonals(F.pad(stay, (0, 1), value=_NEVER)).unbind(2)
     # reached[n][b, u]: u pieces and n - u frames have been passed.

@@ -1,7 +1,7 @@
 """Trains a recogniser: hybrid transducer and CTC loss on packed speech.
 
 The look-ahead is drawn per utterance from a few chunk sizes, or, with ``--gates``, chosen by the layers themselves
-under a loss on the latency that they cause (see :mod:`models.lookahead`).
+under a cost of the delay with which words are told (see :mod:`models.lookahead`).
 
     python -m training.asr.train --train packed/real --train packed/synth --tokenizer tokenizer.model \
         --valid dev.jsonl --out run --steps 6000
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 import typer
@@ -38,9 +39,9 @@ from client.evaluate import read_sets, score, session_configs
 from client.report import percent
 from models.adaptive import encode_whole
 from models.config import SUBSAMPLING_FACTOR, DecoderConfig, EncoderConfig, FeatureConfig, ModelConfig
-from models.lookahead import latency_loss
 from models.recognizer import Recognizer, RecognizerNet
 from streaming.session import Decoder
+from streaming.text import WORD_BOUNDARY
 from training.asr.augment import Augmenter
 from training.asr.data import Batch, TrainingBatches, read_packed, text_batches
 from training.asr.loss import transducer_loss
@@ -72,10 +73,11 @@ class Recipe:
         text_weight: Of the cross-entropy of the predictor on text alone, which shows it more sentences than are spoken.
         text_rows: Texts in a step.
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
-        latency_weight: Of the loss on the mean delay in frames; with gates only.
+        latency_weight: What a frame of delay costs where a word is told, in nats (see
+            :func:`training.asr.loss.transducer_loss`).
         latency_from_step: Gates stand open until here, and the delay costs nothing.
         hardening_steps: Over so many steps from there on, the gates' temperature falls from 1 to ``coldest``, and the
-            latency loss rises to its weight.
+            cost of the delay rises to its weight.
         coldest: Temperature at which training sees nearly the hard gates of inference.
         capped_share: Share of the utterances under a cap on the reach, drawn evenly from 0 … ``largest_cap``.
         largest_cap: Frames.
@@ -101,7 +103,7 @@ class Recipe:
     text_weight: float = 0.2
     text_rows: int = 24
     altered_share: float = 0.6
-    latency_weight: float = 0.02
+    latency_weight: float = 0.0
     latency_from_step: int = 2600
     hardening_steps: int = 3000
     coldest: float = 0.1
@@ -140,10 +142,15 @@ class Trainer:
         recipe: How it is trained.
         device: ``cpu`` or ``cuda``.
         autocast: Whether matrix products run in bf16.
+        telling: ``bool[vocab_size]``, the pieces whose delay costs. A word is told when the next one begins, so these
+            are the ones that begin a word; None for all.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, device: str, *, autocast: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, device: str, *, autocast: bool, telling: Tensor | None = None
+    ) -> None:
         torch.manual_seed(recipe.seed)
+        self.telling = torch.ones(config.vocab_size, dtype=torch.bool) if telling is None else telling
         self.recipe, self.device, self.autocast = recipe, device, autocast
         self.net = RecognizerNet(config, dropout=recipe.dropout).to(device)
         _initialise(self.net)
@@ -171,8 +178,6 @@ class Trainer:
             total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
         if "text" in losses:
             total = total + self.recipe.text_weight * losses["text"]
-        if "delay" in losses:
-            total = total + self.recipe.latency_weight * self._hardness() * losses["delay"]
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if torch.distributed.is_initialized():
@@ -197,9 +202,6 @@ class Trainer:
         blank = net.config.vocab_size
         ctc = F.ctc_loss(scores, targets, frames, lengths, blank, reduction="sum", zero_infinity=True) / pieces
         losses = {"ctc": ctc}
-        if reach is not None and self.step >= recipe.latency_from_step:
-            emits = 1 - scores[:, :, blank].exp().transpose(0, 1)
-            losses["delay"] = latency_loss(reach, emits, frames.to(self.device))
         if self.step < recipe.flat_steps:
             aligned = flat_alignment(batch, blank).to(self.device)
             flat = F.nll_loss(scores.permute(1, 2, 0), aligned, ignore_index=-1)
@@ -211,8 +213,21 @@ class Trainer:
         frames, lengths = frames[part], lengths[part]
         targets = targets[part, : int(lengths.max())]
         lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets)
-        rnnt = transducer_loss(lattice, targets, frames.to(self.device), lengths.to(self.device), blank)
-        return losses | {"rnnt": rnnt / lengths.sum()}
+        frames, lengths = frames.to(self.device), lengths.to(self.device)
+        delay = self._delay(reach[part, : int(frames.max())], targets, frames, lengths)
+        cost = recipe.latency_weight * self._hardness() * delay
+        rnnt = transducer_loss(lattice, targets, frames, lengths, blank, cost=cost)
+        return losses | {"rnnt": rnnt / lengths.sum(), "reach": self._mean_reach(reach, batch.slots)}
+
+    def _delay(self, reach: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor) -> Tensor:
+        """Of telling a word by each target at each frame: frames of audio by then, ``[B, T, U]``.
+
+        They are counted from where an even spread of the targets would have it, so that what is left is small; that
+        is the same for all alignments and changes no gradient.
+        """
+        order = torch.arange(1, targets.shape[1] + 1, device=targets.device)
+        even = order * (frames / (lengths + 1))[:, None]
+        return (reach[:, :, None] - even[:, None, :]) * self.telling.to(targets.device)[targets][:, None, :]
 
     def _text_loss(self, targets: Tensor, lengths: Tensor) -> Tensor:
         assert self.net.transducer is not None
@@ -221,8 +236,8 @@ class Trainer:
         wanted = targets.masked_fill(~real.to(self.device), -1)
         return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=-1)
 
-    def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor | None]:
-        """Encoder frames, and of an adaptive model the soft reach."""
+    def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor]:
+        """Encoder frames, and the reach of each, soft in an adaptive model: ``float[B, T]``."""
         recipe, encoder, B = self.recipe, self.net.encoder, len(mel)
         if encoder.config.adaptive:
             caps = torch.full((B,), encoder.config.n_layers * encoder.config.gate_frames)
@@ -235,7 +250,16 @@ class Trainer:
         lookaheads = encoder.config.lookahead_frames
         chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
         chunk_frames = chunks[torch.randint(len(chunks), (B,))]
-        return encoder.step(mel, None, slots=slots, chunk_frames=chunk_frames)[0], None
+        encoded, _ = encoder.step(mel, None, slots=slots, chunk_frames=chunk_frames)
+        frame, chunk = torch.arange(encoded.shape[1]), chunk_frames[:, None]
+        last = -(-slots // SUBSAMPLING_FACTOR)[:, None] - 1
+        return encoded, torch.minimum(frame // chunk * chunk + chunk - 1, last).float().to(self.device)
+
+    def _mean_reach(self, reach: Tensor, slots: Tensor) -> Tensor:
+        """Mean look-ahead of the frames, for the log."""
+        frame = torch.arange(reach.shape[1])
+        real = (frame < -(-slots // SUBSAMPLING_FACTOR)[:, None]).to(reach.device)
+        return ((reach.detach() - frame.to(reach.device)) * real).sum() / real.sum()
 
     def _hardness(self) -> float:
         """From 0, when the gates are as soft as can be, to 1."""
@@ -285,6 +309,12 @@ class Trainer:
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def word_beginnings(tokenizer: Path) -> Tensor:
+    """``bool[vocab_size]``: which pieces of a SentencePiece model begin a word."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    return torch.tensor([pieces.id_to_piece(i).startswith(WORD_BOUNDARY) for i in range(pieces.get_piece_size())])
 
 
 def _average_gradients(net: nn.Module) -> None:
@@ -381,7 +411,7 @@ def run(
     lookahead_frames: Annotated[
         list[int] | None, typer.Option(help="Look-aheads of a model for comparison; may be given several times.")
     ] = None,
-    latency_weight: Annotated[float, typer.Option(help="Of the mean delay in frames; with gates.")] = 0.02,
+    latency_weight: Annotated[float, typer.Option(help="Nats that a frame of delay costs where a word is told.")] = 0.0,
     hardening_steps: Annotated[int, typer.Option(help="Steps in which gates become hard; with gates.")] = 3000,
     threads: int = 2,
     device: str = "cpu",
@@ -396,7 +426,7 @@ def run(
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     recipe = Recipe(latency_weight=latency_weight, hardening_steps=hardening_steps)
     config = small_model_config(gates, width, lookahead_frames or ())
-    trainer = Trainer(config, recipe, device, autocast=bf16)
+    trainer = Trainer(config, recipe, device, autocast=bf16, telling=word_beginnings(tokenizer))
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "last.pt"
     if checkpoint.exists():

@@ -34,9 +34,11 @@ def test_equals_torchaudio(rows: list[tuple[int, int]], seed: int) -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_equals_the_sum_over_all_alignments() -> None:
+@pytest.mark.parametrize("costs", [False, True])
+def test_equals_the_sum_over_all_alignments(costs: bool) -> None:
     frames, pieces, blank = 4, 3, 4
     logits, targets = lattice(7, [frames], [pieces])
+    cost = torch.rand(1, frames, pieces) * (3.0 if costs else 0.0)
     scores = logits.detach().double().log_softmax(-1)[0]
     alignments = []
     for order in set(itertools.permutations("m" * (frames - 1) + "s" * pieces)):
@@ -44,10 +46,24 @@ def test_equals_the_sum_over_all_alignments() -> None:
         total = torch.tensor(0.0, dtype=torch.double)
         for move in order:
             total += scores[t, u, blank if move == "m" else int(targets[0, u])]
+            total -= cost[0, t, u] if move == "s" else 0.0
             t, u = t + (move == "m"), u + (move == "s")
         alignments.append(total + scores[t, u, blank])
-    loss = transducer_loss(logits, targets, torch.tensor([frames]), torch.tensor([pieces]), blank)
+    sizes = torch.tensor([frames]), torch.tensor([pieces])
+    loss = transducer_loss(logits, targets, *sizes, blank, cost=cost if costs else None)
     assert loss.item() == pytest.approx(-torch.stack(alignments).logsumexp(0).item(), rel=1e-5)
+
+
+def test_a_cost_is_pushed_as_hard_as_the_emissions_that_pay_it_are_probable() -> None:
+    logits, targets = lattice(5, [6], [3])
+    cost = torch.zeros(1, 6, 3, requires_grad=True)
+    sizes = torch.tensor([6]), torch.tensor([3])
+    (paid,) = torch.autograd.grad(transducer_loss(logits, targets, *sizes, 4, cost=cost), cost)
+    torch.testing.assert_close(paid.sum(1), torch.ones(1, 3))  # each target is emitted once, somewhere
+    dear = torch.zeros(1, 6, 3)
+    dear[:, 4:] = 20.0
+    (elsewhere,) = torch.autograd.grad(transducer_loss(logits, targets, *sizes, 4, cost=dear.requires_grad_()), dear)
+    assert elsewhere[:, 4:].max() < 1e-3
 
 
 def test_padding_is_not_read() -> None:

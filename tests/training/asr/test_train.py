@@ -20,7 +20,7 @@ from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
 from training.asr.export import CURVE, SCORES_MARK, export, run_export
-from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, run, spec_augment
+from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, run, spec_augment, word_beginnings
 
 RECIPE = Recipe(easy_steps=0, flat_steps=5, rnnt_from_step=5, warmup_steps=1, peak_lr=3e-3)
 
@@ -73,21 +73,49 @@ def test_the_internal_language_model_is_the_transducer_with_a_silent_encoder() -
 
 
 def test_gates_close_where_the_delay_costs_much() -> None:
-    def delays(weight: float) -> list[float]:
+    def reaches(weight: float) -> list[float]:
         recipe = dataclasses.replace(RECIPE, latency_weight=weight, latency_from_step=5, hardening_steps=20)
         learner = Trainer(tiny.config(gates=3), recipe, "cpu", autocast=False)
         losses, data = [learner.train_step(batch(), 1.0) for _ in range(40)], batch()
-        assert "delay" not in losses[0] and losses[-1]["ctc"] < 0.8 * losses[0]["ctc"]
+        assert losses[-1]["ctc"] < 0.8 * losses[0]["ctc"]
         whole = encode_whole(
             learner.net.encoder.eval(), data.mel, slots=data.slots, max_lookahead_frames=torch.full((3,), 6)
         )
         hard = (whole.reach - torch.arange(whole.reach.shape[1])).float()[:, :10].mean().item()
-        return [losses[5]["delay"], losses[-1]["delay"], hard]
+        return [losses[5]["reach"], losses[-1]["reach"], hard]
 
-    free, dear = delays(0.0), delays(3.0)
+    free, dear = reaches(0.0), reaches(3.0)
     assert free[0] == pytest.approx(dear[0], rel=1e-3)
     assert dear[1] < 0.3 * free[1]
     assert dear[2] < 0.5 * free[2]
+
+
+def test_only_pieces_that_tell_a_word_pay_for_delay() -> None:
+    learner, data = trainer(), batch()
+    learner.telling = torch.arange(tiny.PIECES) % 2 == 1
+    frames = -(-data.slots // 8)
+    reach = torch.arange(int(frames.max())).expand(3, -1).float()
+    delay = learner._delay(reach, data.targets, frames, data.target_lengths)
+    told = data.targets % 2 == 1
+    assert (delay[(~told)[:, None].expand_as(delay)] == 0).all()
+    # A frame later is a frame more for all that are told.
+    torch.testing.assert_close(delay[:, 1:] - delay[:, :-1], told[:, None].expand(-1, delay.shape[1] - 1, -1).float())
+
+
+def test_the_reach_of_chunks_is_their_last_frame() -> None:
+    learner, data = trainer(dataclasses.replace(RECIPE, easy_steps=99)), batch()
+    _, reach = learner._encode(data.mel, data.slots, easy=True)
+    chunk, frames = 7, -(-int(data.slots[0]) // 8)
+    expected = [min(t // chunk * chunk + chunk - 1, frames - 1) for t in range(frames)]
+    assert reach[0, :frames].tolist() == expected
+
+
+def test_pieces_that_begin_a_word(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    begins = word_beginnings(tmp_path / "tokenizer.model")
+    pieces = tiny.recognizer().tokenizer
+    ids = pieces.encode("the speaker is talking")
+    assert sum(begins[i].item() for i in ids) == 4 and begins[ids[0]]
 
 
 def test_a_model_with_gates_may_start_from_one_without(tmp_path: Path) -> None:
