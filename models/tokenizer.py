@@ -104,12 +104,13 @@ class SentencePieceTokenizer:
         return token if token in self.controls and self._pieces.id_to_piece(token) == symbol else None
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
+        word = _valid(word)
         ids: list[int] = self._pieces.encode(word)
         if not self.controls.isdisjoint(ids):
             # The word spells a control symbol, or has a character that is in no piece: write its bytes.
             space = self._pieces.piece_to_id(SPACE)
             ids = [] if space in self.controls else [space]
-            ids += [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in word.encode("utf-8", errors="replace")]
+            ids += [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in word.encode()]
         return tuple(i for i in ids[:MAX_WORD_IDS] if i not in self.controls)
 
     def _is_control(self, token: int) -> bool:
@@ -182,7 +183,7 @@ class HuggingFaceTokenizer:
         return self._special.get(symbol)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        text = word if self._adds_space else " " + word
+        text = _valid(word) if self._adds_space else " " + _valid(word)
         ids = self._encode(text)
         if not self.controls.isdisjoint(ids):
             # The word spells a control symbol, which no single character of it does.
@@ -262,6 +263,11 @@ def load_tokenizer(folder: Path) -> SentencePieceTokenizer | HuggingFaceTokenize
     raise DragomanError(
         "model_not_found", f"{folder} has no tokenizer: a translator's folder holds {SENTENCEPIECE} or {HUGGING_FACE}"
     )
+
+
+def _valid(word: str) -> str:
+    """The word with "?" for each half of a surrogate pair, which UTF-8 does not have."""
+    return word.encode("utf-8", errors="replace").decode()
 
 
 def _refuse(message: str) -> None:

@@ -28,6 +28,8 @@ from streaming.errors import DragomanError
 Latency = Literal["low", "low-medium", "medium", "medium-high", "high", "offline"]
 Policy = Literal["interleaved", "wait-k", "local-agreement"]
 
+#: The model in the repository, used when none is named.
+EMBEDDED_TRANSLATOR: Final = Path(__file__).parent / "en-esdefr-small"
 END_OF_READ: Final = "<|end-of-read|>"
 END_OF_WRITE: Final = "<|end-of-write|>"
 LATENCIES: Final[tuple[Latency, ...]] = ("low", "low-medium", "medium", "medium-high", "high", "offline")
@@ -41,8 +43,10 @@ EAST_PROMPT: Final = (
 FALLBACK_PROMPT: Final = (
     "Translate the following {source_name} text into {target_name}. Answer with the translation only.\n\n{text}"
 )
+_TEXT: Final = "\ue000"  # stands for the source until the prompt is rendered: no template knows it
 #: What a context must hold beside the prompt.
 MIN_ROOM_TOKENS: Final = 32
+MAX_FALLBACK_TOKENS: Final = 2048
 #: Languages by the names that prompts in English use.
 NAMES: Final[Mapping[str, str]] = {
     "ar": "Arabic", "bg": "Bulgarian", "ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek",
@@ -62,7 +66,7 @@ class TranslationConfig:
         kind: ``interleaved``: the model decides itself when to write. Not in a file: one of :data:`FALLBACKS`.
         prompt: What a session begins with, with the fields ``{source}``, ``{target}`` and ``{latency}``, and
             ``{source_name}`` and ``{target_name}`` for the languages' English names. A tokenizer with a chat template
-            takes it as the user's message. Fallbacks also have ``{text}``.
+            takes it as the user's message. In a fallback's, ``{text}`` is where the source goes.
         sources: Languages that are read.
         targets: Languages that are written.
         latencies: Levels that the model was trained on, of :data:`LATENCIES`.
@@ -121,13 +125,15 @@ class Direction:
         source: Language that is read.
         target: Language that is written.
         latency: Level of :data:`LATENCIES`.
-        prompt: Ids that come before the first word; a fallback has none until there are words.
+        prompt: Ids that come before the first word.
+        answer: Ids that a fallback puts between the source and its translation.
     """
 
     source: str
     target: str
     latency: Latency
     prompt: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
 
 
 class Translator:
@@ -202,28 +208,28 @@ class Translator:
         self._require(latency, self.config.latencies, "unsupported_latency", "translate at the latency")
         level = next(known for known in LATENCIES if known == latency)
         direction = Direction(source, target, level)
-        if self.config.kind != "interleaved":
-            return direction
-        prompt = self.prompt(direction)
-        if (room := self.config.max_context_tokens - len(prompt)) < MIN_ROOM_TOKENS:
+        prompt, answer = self._prompt(direction)
+        used = len(prompt) + len(answer)
+        if (room := self.config.max_context_tokens - used) < MIN_ROOM_TOKENS:
             raise _unsupported(
-                f"the prompt of model {self.name!r} has {len(prompt)} tokens, which leaves {room} of its"
+                f"the prompt of model {self.name!r} has {used} tokens, which leaves {room} of its"
                 f" max_context_tokens {self.config.max_context_tokens}; {MIN_ROOM_TOKENS} are needed"
             )
-        return dataclasses.replace(direction, prompt=prompt)
+        return dataclasses.replace(direction, prompt=prompt, answer=answer)
 
-    def prompt(self, direction: Direction, text: str = "") -> tuple[int, ...]:
-        """Ids of the filled-in prompt; ``text`` is for fallbacks, whose prompt holds the source."""
+    def _prompt(self, direction: Direction) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of the filled-in prompt, before the place of the source and after it."""
         filled = self.config.prompt.format(
             source=direction.source,
             target=direction.target,
             latency=direction.latency,
             source_name=NAMES.get(direction.source, direction.source),
             target_name=NAMES.get(direction.target, direction.target),
-            text=text,
+            text=_TEXT,
         )
         chat = self._chat()
-        return self.tokenizer.encode_prompt(filled if chat is None else chat.render(filled))
+        before, _, after = (filled if chat is None else chat.render(filled)).partition(_TEXT)
+        return self.tokenizer.encode_prompt(before), self.tokenizer.encode_prompt(after)
 
     def encode_word(self, word: str) -> tuple[int, ...]:
         """Ids of a source word, in the casing that the model knows."""
@@ -247,9 +253,9 @@ class Translator:
 
 
 def load_translator(
-    folder: Path, *, device: str = "cpu", dtype: str = "float32", fallback: Policy = "wait-k"
+    folder: Path | None = None, *, device: str = "cpu", dtype: str = "float32", fallback: Policy = "wait-k"
 ) -> Translator:
-    """Reads a model folder as a translator.
+    """Reads a model folder as a translator; without a folder, the embedded one.
 
     Args:
         folder: In the layout of :func:`models.llm.load_llm`, with a tokenizer.
@@ -261,11 +267,18 @@ def load_translator(
         DragomanError: As :func:`models.llm.load_llm`, :func:`models.tokenizer.load_tokenizer` and
             :class:`Translator`.
     """
+    if folder is None:
+        if not EMBEDDED_TRANSLATOR.is_dir():
+            raise DragomanError(
+                "model_not_found", "this installation has no translator; name the folder of one with --translator"
+            )
+        folder = EMBEDDED_TRANSLATOR
     data = read_object(required_file(folder, CONFIG, "a translator's folder is that of a language model"))
     if "translation" in data:
         config = TranslationConfig.from_dict(data["translation"])
     else:
-        config = TranslationConfig(fallback, FALLBACK_PROMPT, tuple(NAMES), tuple(NAMES), max_context_tokens=2048)
+        context = min(LlmConfig.from_hf(data).max_positions, MAX_FALLBACK_TOKENS)
+        config = TranslationConfig(fallback, FALLBACK_PROMPT, ("en", *NAMES), tuple(NAMES), max_context_tokens=context)
     tokenizer = load_tokenizer(folder)
     llm = load_llm(folder, device=device, dtype=dtype)
     return Translator(llm, tokenizer, config, name=data.get("name", folder.name))

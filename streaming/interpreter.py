@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from models.translator import Direction, Policy, Translator
 from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
+from streaming.fallback import Fallback
 from streaming.glossary import Glossary
 from streaming.translation import Interleaved, TranslatedChunk
 
@@ -51,8 +52,6 @@ def interpreter_for(translator: Translator) -> Interpreter:
     """What runs a translator under its policy."""
     if translator.policy == "interleaved":
         return Interleaved(translator)
-    from streaming.fallback import Fallback
-
     return Fallback(translator)
 
 
@@ -72,7 +71,7 @@ class Interpretation:
     Attributes:
         interpreter: What translates.
         state: Its state.
-        words: Words that some row has not written upon yet.
+        words: Words that some row has not written upon yet, and the one before them.
         first: Index of the first of them, from the session's start.
         unread: For each row, the index of the first word that it has not written upon.
     """
@@ -140,7 +139,7 @@ class Interpretation:
                         emitted_ms=last.emitted_ms,
                     )
                 )
-        first_kept = min(unread)
+        first_kept = max(0, min(unread) - 1)  # at its end, a segment may be written upon once more
         words = self.words[first_kept - self.first :]
         return deltas, replace(self, state=state, unread=tuple(unread), words=words, first=first_kept)
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -163,8 +164,11 @@ class Row:
         return sum(len(word.ids) for word in self.read)
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
-class TranslationState:
+class BatchState(Generic[R]):
     """The past of one session's rows; a value. Its cache's ownership rule holds for it (:class:`KvCache`).
 
     Attributes:
@@ -172,28 +176,31 @@ class TranslationState:
         cache: Their tokens.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[R, ...]
     cache: KvCache
 
     @staticmethod
-    def cat(states: Sequence[TranslationState]) -> TranslationState:
+    def cat(states: Sequence[BatchState[R]]) -> BatchState[R]:
         """One batch of the rows of several states; a single one is returned as it is."""
         if len(states) == 1:
             return states[0]
-        return TranslationState(
+        return BatchState(
             tuple(row for state in states for row in state.rows), KvCache.cat([state.cache for state in states])
         )
 
-    def split(self, sizes: Sequence[int]) -> list[TranslationState]:
+    def split(self, sizes: Sequence[int]) -> list[BatchState[R]]:
         """The reverse of :meth:`cat`: states of so many rows each, which share no memory."""
         if len(sizes) == 1:
             return [self]
         states, start = [], 0
         for size in sizes:
             end = start + size
-            states.append(TranslationState(self.rows[start:end], self.cache.part(start, end)))
+            states.append(BatchState(self.rows[start:end], self.cache.part(start, end)))
             start = end
         return states
+
+
+TranslationState = BatchState[Row]
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,7 @@ class Interleaved:
             words: Complete source words, without white space.
             closes: Whether a segment ends with them, or without any, with what was read before; a write follows.
         """
-        new = self._source_words(words, closes=closes)
+        new = source_words(self.translator, words, closes=closes)
         return replace(state, rows=tuple(self._fed(row, new, closes=closes) for row in state.rows))
 
     def ready(self, state: TranslationState) -> bool:
@@ -341,6 +348,8 @@ class Interleaved:
         """What a row reads next: its open write's last token, or words up to one after which it must write."""
         if row.write is not None:
             return _Plan(row.pending, (len(row.pending) - 1,))
+        if not row.queue:
+            return _Plan()  # what is pending is read with the next word
         tokens, asks, words, unread = row.pending, [], [], row.unread_tokens
         for word in row.queue[:MAX_WORDS_PER_FORWARD]:
             tokens, unread = tokens + word.ids, unread + len(word.ids)
@@ -373,11 +382,6 @@ class Interleaved:
         return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits), cache
 
     # ---------------------------------------------------------------------------------------------------- reading
-
-    def _source_words(self, words: Sequence[str], *, closes: bool) -> tuple[SourceWord, ...]:
-        last = len(words) - 1
-        encode = self.translator.encode_word
-        return tuple(SourceWord(encode(w), word_key(w), closes and i == last) for i, w in enumerate(words))
 
     def _fed(self, row: Row, new: tuple[SourceWord, ...], *, closes: bool) -> Row:
         if new or not closes:
@@ -505,6 +509,14 @@ class Interleaved:
         assert fresh is not None
         cache.memory[:, :, b, :, :n] = fresh.memory[:, :, 0, :, :n]
         cache.positions[b, :n] = positions[0]
+
+
+def source_words(translator: Translator, words: Sequence[str], *, closes: bool) -> tuple[SourceWord, ...]:
+    """Words as a translator's rows take them; ``closes`` if the last of them closes a segment."""
+    last = len(words) - 1
+    return tuple(
+        SourceWord(translator.encode_word(word), word_key(word), closes and i == last) for i, word in enumerate(words)
+    )
 
 
 def write_cap(source_tokens: int) -> int:

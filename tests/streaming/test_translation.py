@@ -1,0 +1,424 @@
+"""Reading and writing: what is cached, batched and read ahead is what a naive loop over whole sequences makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.tokenizer import decode, encode_words
+from models.translator import Translator
+from streaming import translation
+from streaming.errors import DragomanError
+from streaming.translation import Interleaved, Row, TranslatedChunk, TranslationState, looping, write_cap
+from tests import tiny
+
+WORDS = [
+    *"the speaker is still talking and nothing that was shown is taken back".split(), "Talking,", "straße", "🎉👩‍👩‍👧",
+    "同声传译", "x" * 90, "<|es|>", "<|end-of-read|>and", "<s>", "<0x41>", "\u200b", "▁", "\u0301", "\ud800",
+]  # fmt: skip
+words_ = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([False, False, False, True])), max_size=16)
+seeds = st.integers(0, 5)
+few = settings(max_examples=10, deadline=None)
+
+Spoken = Sequence[tuple[str, bool]]  # words, and whether each closes a segment
+
+
+class NaiveSequence:
+    """Every token ever read, of which each sees those that were in the context when it was read; nothing is cached."""
+
+    def __init__(self, translator: Translator, prompt: Sequence[int]) -> None:
+        self.translator, self.prompt = translator, list(prompt)
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.seen: list[list[int]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self.alive: list[int] = []
+        self.chunks: list[list[int]] = []
+        self.next_position = 0
+        self.prompt_slots = [self.append(token) for token in self.prompt]
+
+    def append(self, token: int) -> int:
+        index = len(self.tokens)
+        self.alive.append(index)
+        self.tokens.append(token)
+        self.positions.append(self.next_position)
+        self.seen.append(list(self.alive))
+        self.next_position += 1
+        return index
+
+    def logits(self) -> torch.Tensor:
+        n = len(self.tokens)
+        visible = torch.zeros(1, n, n, dtype=torch.bool)
+        for i, seen in enumerate(self.seen):
+            visible[0, i, seen] = True
+        llm = self.translator.llm
+        logits, _ = llm.step(
+            torch.tensor([self.tokens]), torch.tensor([n]), None,
+            positions=torch.tensor([self.positions]), visible=visible,
+        )  # fmt: skip
+        return logits[0, 0]
+
+    def end_chunk(self, slots: list[int]) -> None:
+        """Whole old chunks leave, and a copy of the prompt moves up to those that stay."""
+        self.chunks.append(slots)
+        limit = self.translator.config.max_context_tokens
+        if len(self.prompt) + sum(map(len, self.chunks)) <= limit:
+            return
+        while self.chunks and len(self.prompt) + sum(map(len, self.chunks)) > limit * 3 // 4:
+            del self.chunks[0]
+        if not self.chunks:
+            return self.restart()
+        kept, after = [slot for chunk in self.chunks for slot in chunk], self.next_position
+        self.alive, self.next_position = [], self.positions[kept[0]] - len(self.prompt)
+        self.prompt_slots = [self.append(token) for token in self.prompt]
+        self.alive += kept
+        self.next_position = after
+        return None
+
+
+def naive(t: Translator, spoken: Spoken, *, target: str, latency: str) -> list[TranslatedChunk]:
+    """Word by word and token by token, with whole sequences; no glossary."""
+    direction = t.direction(target, latency)
+    sequence, chunks = NaiveSequence(t, direction.prompt), list[TranslatedChunk]()
+    slots, source, first_word, begun = list[int](), 0, 0, False
+    for i, (word, closes) in enumerate(spoken):
+        ids = t.encode_word(word)
+        slots += [sequence.append(token) for token in ids]
+        source += len(ids)
+        must = source > 0 and (closes or source >= (t.config.max_context_tokens - len(direction.prompt)) // 4)
+        if not must:
+            if not ids or latency == "offline":
+                continue
+            if sequence.logits().softmax(-1)[t.end_of_read] < t.config.read_threshold:
+                continue
+        slots.append(sequence.append(t.end_of_read))
+        written: list[int] = []
+        while True:
+            mask = t.unwritable if written else t.unable_to_begin
+            token = int(sequence.logits().masked_fill(mask, -torch.inf).argmax())
+            if token == t.end_of_write:
+                break
+            written.append(token)
+            if cut := looping(written):
+                for _ in range(cut - 1):  # the last token has not been appended yet
+                    slots.pop()
+                    for record in (sequence.tokens, sequence.positions, sequence.seen, sequence.alive):
+                        record.pop()
+                    sequence.next_position -= 1
+                del written[-cut:]
+                break
+            slots.append(sequence.append(token))
+            if len(written) >= write_cap(source):
+                break
+        slots.append(sequence.append(t.end_of_write))
+        text = decode(t.tokenizer, written)
+        text = text if begun else text.lstrip(" ")
+        chunks.append(TranslatedChunk(0, target, text, tuple(written), first_word, i, closes))
+        begun = begun or bool(text)
+        sequence.end_chunk(slots)
+        slots, source, first_word = [], 0, i + 1
+    return chunks
+
+
+def run(
+    interpreter: Interleaved, state: TranslationState, forwards: int = 1
+) -> tuple[list[TranslatedChunk], TranslationState]:
+    """Steps until nothing is left to do."""
+    chunks: list[TranslatedChunk] = []
+    while interpreter.ready(state):
+        [found], [state] = interpreter.step([state], max_forwards=forwards)
+        chunks += found
+    return chunks, state
+
+
+def fed(interpreter: Interleaved, state: TranslationState, spoken: Spoken) -> TranslationState:
+    for word, closes in spoken:
+        state = interpreter.feed(state, [word], closes=closes)
+    return state
+
+
+def opened(
+    t: Translator, targets: Sequence[str] = ("es",), latency: str = "medium", **glossary: str
+) -> tuple[Interleaved, TranslationState]:
+    interpreter = Interleaved(t)
+    terms = {term: {"es": text} for term, text in glossary.items()}
+    return interpreter, interpreter.init_state([t.direction(target, latency) for target in targets], terms)
+
+
+@few
+@given(
+    seed=seeds,
+    spoken=words_,
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    context=st.sampled_from([48, 96, 512]),
+    latency=st.sampled_from(["low", "high", "offline"]),
+)
+def test_cached_equals_uncached(seed: int, spoken: Spoken, cuts: list[int], context: int, latency: str) -> None:
+    """Whatever came at once, ids, texts and spans are those of a loop that reads whole sequences from the start."""
+    t = tiny.translator(seed, max_context_tokens=context)
+    interpreter, state = opened(t, latency=latency)
+    chunks, start, i = list[TranslatedChunk](), 0, 0
+    while start < len(spoken):
+        end = start + cuts[i % len(cuts)]
+        found, state = run(interpreter, fed(interpreter, state, spoken[start:end]), 1 + i % 3)
+        chunks, start, i = chunks + found, end, i + 1
+    assert chunks == naive(t, spoken, target="es", latency=latency)
+
+
+@few
+@given(
+    seed=seeds,
+    talks=st.lists(words_, min_size=2, max_size=3),
+    order=st.lists(st.integers(0, 2), min_size=4, max_size=60),
+    context=st.sampled_from([48, 512]),
+)
+def test_rows_and_sessions_change_nothing_for_each_other(
+    seed: int, talks: list[Spoken], order: list[int], context: int
+) -> None:
+    """Sessions of one and of several languages, in any interleaving, do what each row does alone."""
+    t = tiny.translator(seed, max_context_tokens=context)
+    languages = [("es",), ("de", "es"), ("fr", "de", "es"), ("de",)]
+    interpreter = Interleaved(t)
+    states = [opened(t, languages[i])[1] for i in range(len(talks))]
+    chunks: list[list[TranslatedChunk]] = [[] for _ in talks]
+    at = [0] * len(talks)
+    for n, pick in enumerate(order + list(range(len(talks))) * 500):
+        i = pick % len(talks)
+        if at[i] < len(talks[i]):
+            states[i], at[i] = fed(interpreter, states[i], talks[i][at[i] : at[i] + 2]), at[i] + 2
+        part = [j for j in range(len(talks)) if j == i or (j + n) % 3]
+        found, after = interpreter.step([states[j] for j in part], max_forwards=1 + n % 2)
+        for j, new, state in zip(part, found, after, strict=True):
+            chunks[j] += new
+            states[j] = state
+        if all(a >= len(talk) for a, talk in zip(at, talks, strict=True)) and not any(map(interpreter.ready, states)):
+            break
+    for i, talk in enumerate(talks):
+        for row, language in enumerate(languages[i]):
+            alone, _ = run(*(lambda one: (one[0], fed(one[0], one[1], talk)))(opened(t, [language])))
+            assert [replace(chunk, row=0) for chunk in chunks[i] if chunk.row == row] == alone
+
+
+@cache
+def talk(words: int) -> tuple[tuple[str, bool], ...]:
+    return tuple((WORDS[(7 * i + i * i // 5) % 14], i % 37 == 36) for i in range(words))
+
+
+def test_a_long_talk_has_bounded_state_and_goes_on() -> None:
+    t = tiny.translator(3, max_context_tokens=96)
+    interpreter, state = opened(t)
+    sizes, chunks = [], 0
+    for word, closes in talk(800):
+        found, state = run(interpreter, interpreter.feed(state, [word], closes=closes))
+        chunks += len(found)
+        sizes.append((int(state.cache.lengths[0]), state.cache.capacity, len(state.rows[0].pairs)))
+    assert chunks > 20
+    assert max(sizes[400:]) <= max(sizes[:400])
+    assert max(length for length, _, _ in sizes) <= 96 + 24 + write_cap(24) + 64
+
+
+def test_positions_begin_anew_before_they_are_not_exact_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translation, "MAX_POSITION", 100)
+    interpreter, state = opened(tiny.translator(3))
+    newest = []
+    for word, closes in talk(300):
+        _, state = run(interpreter, interpreter.feed(state, [word], closes=closes))
+        newest.append(int(state.cache.next_positions[0]))
+    assert max(newest) < 100 + 2 * 127 + 256
+    assert newest.count(0) == 0 or min(newest[50:]) < 50
+
+
+def test_ten_thousand_words_without_a_pause_are_written_upon_in_portions() -> None:
+    t = tiny.translator(0)
+    interpreter, state = opened(t, latency="offline")
+    chunks, _ = run(interpreter, interpreter.feed(state, ["the"] * 10_000), 64)
+    limit = (t.config.max_context_tokens - 4) // 4
+    assert {c.last_word - c.first_word + 1 for c in chunks} == {-(-limit // len(t.encode_word("the")))}
+    assert chunks[-1].last_word > 10_000 - limit
+
+
+def test_an_end_without_words_writes_upon_what_was_read_and_only_once() -> None:
+    t = tiny.translator(0)
+    interpreter, state = opened(t, latency="offline")
+    assert not interpreter.ready(interpreter.feed(state, [], closes=True))
+    chunks, state = run(interpreter, interpreter.feed(state, ["the", "speaker"]))
+    assert not chunks
+    chunks, state = run(interpreter, interpreter.feed(state, [], closes=True))
+    assert [(c.first_word, c.last_word, c.endpoint) for c in chunks] == [(0, 1, True)]
+    assert not interpreter.ready(interpreter.feed(state, [], closes=True))
+
+
+def test_an_end_reaches_the_last_queued_word_and_the_open_write() -> None:
+    t = tiny.translator(0)
+    interpreter, state = opened(t, latency="offline")
+    state = interpreter.feed(interpreter.feed(state, ["the", "speaker"]), [], closes=True)
+    assert [word.closes for word in state.rows[0].queue] == [False, True]
+    _, [state] = interpreter.step([state])
+    write = state.rows[0].write
+    assert write is not None and write.closes
+    again = interpreter.feed(state, [], closes=True).rows[0].write
+    assert again is not None and again.closes
+
+
+# ------------------------------------------------------------------------------------------------- ends of a write
+
+
+@pytest.mark.parametrize(
+    ("ids", "cut"),
+    [
+        ([], 0), ([1, 1, 1], 0), ([1] * 8, 7), ([1] * 7, 0), ([5, *[1] * 8], 7), ([1, 2] * 4, 6), ([1, 2] * 3, 0),
+        ([9, *[1, 2, 3] * 3], 6), ([1, 2, 3] * 2, 0), (list(range(16)) * 3, 32), (list(range(17)) * 3, 0),
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_loop(ids: list[int], cut: int) -> None:
+    assert looping(ids) == cut
+
+
+@few
+@given(seed=seeds, spoken=words_)
+def test_writes_are_capped_and_do_not_loop(seed: int, spoken: Spoken) -> None:
+    t = tiny.translator(seed)
+    interpreter, state = opened(t)
+    chunks, _ = run(interpreter, fed(interpreter, state, spoken))
+    for chunk in chunks:
+        source = sum(len(t.encode_word(word)) for word, _ in spoken[chunk.first_word : chunk.last_word + 1])
+        assert len(chunk.ids) <= write_cap(source)
+        assert not looping(chunk.ids)
+        assert not set(chunk.ids) & t.tokenizer.controls
+
+
+def test_the_cap_grows_with_what_was_read() -> None:
+    assert [write_cap(n) for n in (1, 10, 115, 116, 5_000)] == [27, 45, 255, 256, 256]
+
+
+# ------------------------------------------------------------------------------------------------------- revision
+
+
+@few
+@given(
+    seed=seeds,
+    spoken=st.lists(st.sampled_from(WORDS[:14]), min_size=1, max_size=12),
+    dropped=st.integers(0, 12),
+    new=st.lists(st.sampled_from(WORDS[:14]), max_size=4),
+    forwards=st.integers(0, 3),
+)
+def test_a_revised_tail_is_as_if_it_had_come_so(
+    seed: int, spoken: list[str], dropped: int, new: list[str], forwards: int
+) -> None:
+    t = tiny.translator(seed)
+    interpreter, state = opened(t)
+    state = interpreter.feed(state, spoken)
+    [shown], [state] = interpreter.step([state], max_forwards=forwards)
+    free = len(state.rows[0].read) + len(state.rows[0].queue)
+    if dropped > free:
+        with pytest.raises(DragomanError, match=f"last {free} "):
+            interpreter.revise(state, dropped, new)
+        return
+    later, state = run(interpreter, interpreter.revise(state, dropped, new))
+    straight, other = run(interpreter, interpreter.feed(opened(t)[1], [*spoken[: len(spoken) - dropped], *new]))
+    assert shown + later == straight
+    assert state.rows[0] == other.rows[0]
+
+
+# ------------------------------------------------------------------------------------------------------- glossary
+
+
+def forced(term: str, target: str, seed: int, text: str = "the speaker is still talking") -> list[TranslatedChunk]:
+    interpreter, state = opened(tiny.translator(seed), latency="offline", **{term.replace(" ", "_"): target})
+    rows = tuple(
+        replace(row, terms=tuple(replace(one, words=tuple(term.split())) for one in row.terms)) for row in state.rows
+    )
+    chunks, _ = run(interpreter, interpreter.feed(replace(state, rows=rows), text.split(), closes=True))
+    return chunks
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_term_of_the_glossary_is_written_where_it_occurs(seed: int) -> None:
+    t = tiny.translator(seed)
+    [plain] = forced("absent", "hablante", seed)
+    for term in ("speaker", "still talking"):
+        [chunk] = forced(term, "el Zug", seed)
+        ids = encode_words(t.tokenizer, "el Zug")
+        at = next(i for i in range(len(chunk.ids)) if chunk.ids[i : i + len(ids)] == ids)
+        assert chunk.ids[:at] == plain.ids[:at]  # up to there it is what the model wrote by itself
+        assert "el Zug" in chunk.delta
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_term_that_is_written_already_or_does_not_occur_changes_nothing(seed: int) -> None:
+    [plain] = forced("absent", "x", seed)
+    assert plain.delta == opened_plain(seed)
+    written = next((word for word in plain.delta.split() if word.isalpha()), None)
+    if written is not None:
+        assert forced("speaker", written.upper(), seed) == [plain]
+
+
+def opened_plain(seed: int) -> str:
+    interpreter, state = opened(tiny.translator(seed), latency="offline")
+    chunks, _ = run(interpreter, interpreter.feed(state, "the speaker is still talking".split(), closes=True))
+    return "".join(chunk.delta for chunk in chunks)
+
+
+def test_the_place_of_a_term_is_the_one_that_costs_the_model_least() -> None:
+    t = tiny.translator(1)
+    [plain] = forced("absent", "x", 1)
+    first = encode_words(t.tokenizer, "Zug")[0]
+    slots = [
+        *t.direction("es", "offline").prompt,
+        *encode_words(t.tokenizer, "the speaker is still talking"),
+        t.end_of_read,
+    ]
+    costs = {}
+    starts = t.tokenizer.word_starts
+    assert starts is not None
+    for place in range(len(plain.ids) + 1):
+        sequence = NaiveSequence(t, [*slots, *plain.ids[:place]])
+        chosen = plain.ids[place] if place < len(plain.ids) else t.end_of_write
+        if chosen in starts or chosen == t.end_of_write:
+            logits = sequence.logits()
+            costs[place] = float(logits[chosen] - logits[first])
+    [chunk] = forced("speaker", "Zug", 1)
+    best = min(costs, key=lambda place: costs[place])
+    assert chunk.ids[: best + 1] == (*plain.ids[:best], first)
+
+
+def test_a_term_may_begin_in_the_chunk_before() -> None:
+    t = tiny.translator(0)
+    interpreter, state = opened(t, latency="offline", term="Zug")
+    row: Row = state.rows[0]
+    state = replace(state, rows=(replace(row, terms=(replace(row.terms[0], words=("still", "talking")),)),))
+    first, state = run(interpreter, interpreter.feed(state, ["is", "still"], closes=True))
+    second, _ = run(interpreter, interpreter.feed(state, ["Talking!"], closes=True))
+    assert "Zug" not in first[0].delta and "Zug" in second[0].delta
+
+
+def test_several_terms_are_all_written() -> None:
+    interpreter, state = opened(tiny.translator(2), latency="offline", the="Zug", speaker="Berg", talking="Tal")
+    [chunk], _ = run(interpreter, interpreter.feed(state, "the speaker is talking".split(), closes=True))
+    assert all(term in chunk.delta for term in ("Zug", "Berg", "Tal"))
+
+
+@pytest.mark.parametrize(
+    ("glossary", "code"),
+    [
+        (["x"], "list"),
+        ({"x": "y"}, "'x'"),
+        ({"x": {"es": ""}}, "''"),
+        ({"": {"es": "y"}}, "''"),
+        ({"a": {"es": "b " * 9}}, "1 to 8"),
+    ],
+)
+def test_a_broken_glossary_is_refused(glossary: object, code: str) -> None:
+    from streaming.glossary import check_glossary
+
+    with pytest.raises(DragomanError, match=code) as refused:
+        check_glossary(glossary)
+    assert refused.value.code == "bad_glossary"
