@@ -10,6 +10,7 @@ from streaming.events import (
     SessionCreated,
     SessionUpdated,
     TranscriptDelta,
+    TranslationDelta,
     Word,
     parse_event,
 )
@@ -24,6 +25,19 @@ DELTA = TranscriptDelta(
     False,
     (Word("where", 1280, 1440, 0.97), Word("the", 1520, 1600, 0.5)),
 )
+TRANSLATION = TranslationDelta(8, " dónde está", "es", (3, 5), False, 1280, 2080, 2320)
+
+
+def test_the_json_of_a_translation_is_the_wire_format() -> None:
+    assert TRANSLATION.to_json() == (
+        '{"type": "session.output_transcript.delta", "seq": 8, "delta": " dónde está", "language": "es",'
+        ' "source_start_ms": 1280, "source_end_ms": 2080, "emitted_ms": 2320, "source_words": [3, 5],'
+        ' "endpoint": false}'
+    )
+
+
+def test_a_translation_of_words_without_audio_has_no_times() -> None:
+    assert "_ms" not in TranslationDelta(0, "sí", "es", (0, 0)).to_json()
 
 
 def test_the_json_of_a_delta_is_the_wire_format() -> None:
@@ -42,6 +56,9 @@ def test_the_json_of_a_delta_is_the_wire_format() -> None:
         SessionUpdated({"max_lookahead_ms": 480}, 1),
         DELTA,
         replace(DELTA, backlog_ms=31),
+        TRANSLATION,
+        replace(TRANSLATION, backlog_ms=31, endpoint=True),
+        TranslationDelta(0, "sí", "es", (0, 0)),
         SessionClosed(9, 61_000),
         ErrorEvent(3, "invalid_json", "déjà \N{EM DASH} \u2028 \n"),
     ],
