@@ -1,4 +1,4 @@
-"""Everything that has a socket: live transcription over WebSocket.
+"""Everything that has a socket: live transcription and translation over WebSocket.
 
 Text frames are JSON events, binary frames are PCM. The event loop only moves messages; one engine thread does
 all computing, and takes every session that has enough audio into one batch.
@@ -37,9 +37,18 @@ from websockets.http11 import Request, Response
 from websockets.typing import Origin
 
 from models.recognizer import Recognizer
+from models.translator import Translator
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated, TranscriptDelta
+from streaming.events import (
+    ErrorEvent,
+    Event,
+    SessionClosed,
+    SessionCreated,
+    SessionUpdated,
+    TranscriptDelta,
+    TranslationDelta,
+)
 from streaming.session import Session, SessionConfig, tick
 
 PATH: Final = "/v1/realtime/translations"
@@ -48,6 +57,7 @@ _DEFAULT_RATE_HZ: Final = 24_000  # what a client of OpenAI's protocol means whe
 _MAX_MESSAGE_BYTES: Final = 1 << 20
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
+_MAX_STEP_MS: Final = 2_000  # audio of one step, whose words are translated after it
 _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
 _SEND_TIMEOUT_S: Final = 20.0
 _DRAIN_TIMEOUT_S: Final = 5.0
@@ -134,11 +144,12 @@ class Stream:
         """Write into deltas how long the audio that they needed has been here; called on the engine's thread."""
         now, timed = time.monotonic(), list(events)
         for i, event in enumerate(events):
-            if isinstance(event, TranscriptDelta):
-                arrived = next((at for audio_ms, at in self._arrivals if audio_ms >= event.emitted_ms), now)
+            if isinstance(event, TranscriptDelta | TranslationDelta) and event.emitted_ms is not None:
+                needed_ms = event.emitted_ms
+                arrived = next((at for audio_ms, at in self._arrivals if audio_ms >= needed_ms), now)
                 timed[i] = replace(event, backlog_ms=round(1000 * (now - arrived)))
-        decided_ms = self.session.decided_ms if self.session else 0
-        while self._arrivals and self._arrivals[0][0] < decided_ms:
+        told_ms = self.session.decided_ms - _MAX_STEP_MS if self.session else 0
+        while self._arrivals and self._arrivals[0][0] < told_ms:
             self._arrivals.popleft()
         return timed
 
@@ -181,8 +192,9 @@ def _size(message: ClientMessage) -> int:
 class Engine:
     """The one thread that computes, for all sessions together."""
 
-    def __init__(self, recognizer: Recognizer) -> None:
+    def __init__(self, recognizer: Recognizer, translator: Translator | None) -> None:
         self._recognizer = recognizer
+        self._translator = translator
         self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
         self._wake = threading.Event()
         self._stopping = False
@@ -243,8 +255,8 @@ class Engine:
             stream.took(message)
             fed = True
             if isinstance(message, SessionConfig):
-                stream.session = Session(self._recognizer, message)
-                stream.tell(SessionUpdated(describe(message, self._recognizer), 0))
+                stream.session = Session(self._recognizer, message, self._translator)
+                stream.tell(self._updated(message))
                 continue
             assert stream.session is not None, "the first message declares the session"
             if isinstance(message, bytes):
@@ -267,7 +279,10 @@ class Engine:
         except DragomanError as error:
             stream.tell(ErrorEvent(0, error.code, str(error)))
         else:
-            stream.tell(SessionUpdated(describe(session.config, self._recognizer), 0))
+            stream.tell(self._updated(session.config))
+
+    def _updated(self, config: SessionConfig) -> SessionUpdated:
+        return SessionUpdated(describe(config, self._recognizer, self._translator), 0)
 
     def _flush(self, stream: Stream, session: Session) -> None:
         stream.tell(*stream.timed([*session.take_events(), *session.flush()]))
@@ -299,11 +314,12 @@ class Engine:
 class Service:
     """The WebSocket side: handshakes, messages in, events out."""
 
-    def __init__(self, recognizer: Recognizer, settings: Settings) -> None:
+    def __init__(self, recognizer: Recognizer, settings: Settings, translator: Translator | None = None) -> None:
         """Prepare the service and start its engine; `start` opens the socket."""
         self._recognizer = recognizer
+        self._translator = translator
         self._settings = settings
-        self._engine = Engine(recognizer)
+        self._engine = Engine(recognizer, translator)
         self._server: Server | None = None
 
     async def start(self) -> str:
@@ -369,7 +385,8 @@ class Service:
             await connection.close(CloseCode.TRY_AGAIN_LATER, "all sessions are in use")
             return
         stream = Stream(asyncio.get_running_loop())
-        defaults = describe(SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ)), self._recognizer)
+        config = SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ))
+        defaults = describe(config, self._recognizer, self._translator)
         stream.tell(SessionCreated({"id": str(connection.id), **defaults}, 0))
         self._engine.add(stream)
         logger.info("session %s begins", connection.id)
@@ -434,8 +451,12 @@ class Service:
             pass
 
 
-def describe(config: SessionConfig, recognizer: Recognizer) -> dict[str, Any]:
-    """The settings of a session as its client is told them, in the shape of ``session.update``."""
+def describe(config: SessionConfig, recognizer: Recognizer, translator: Translator | None = None) -> dict[str, Any]:
+    """The settings of a session as its client is told them, in the shape of ``session.update``, and what there is.
+
+    Beside the settings stand ``model`` and ``translator``: its ``model``, the ``languages`` and ``latencies`` that it
+    knows and the ``policy`` by which it decides when to write; null without one.
+    """
     fmt = {
         "type": "audio/pcm",
         "rate": config.audio.sample_rate_hz,
@@ -444,11 +465,23 @@ def describe(config: SessionConfig, recognizer: Recognizer) -> dict[str, Any]:
     }
     return {
         "model": recognizer.name,
-        "audio": {"input": {"format": fmt}, "output": {"languages": []}},
+        "translator": None if translator is None else _describe_translator(translator),
+        "audio": {"input": {"format": fmt}, "output": {"languages": list(config.languages)}},
+        "latency": config.latency,
+        "glossary": config.glossary,
         "decoder": config.decoder,
         "max_lookahead_ms": config.max_lookahead_ms,
         "lookahead": config.lookahead or ("adaptive" if recognizer.adaptive else "fixed"),
         "endpoint_silence_ms": config.endpoint_silence_ms,
+    }
+
+
+def _describe_translator(translator: Translator) -> dict[str, Any]:
+    return {
+        "model": translator.name,
+        "languages": list(translator.config.targets),
+        "latencies": list(translator.config.latencies),
+        "policy": translator.policy,
     }
 
 
@@ -488,32 +521,52 @@ def parse_message(text: str, *, declared: bool = False) -> ClientMessage:
 
 
 def _session_config(value: object) -> SessionConfig:
-    session = _section(value, "session", "audio", "decoder", "max_lookahead_ms", "lookahead", "endpoint_silence_ms")
+    session = _section(
+        value,
+        "session",
+        *("audio", "latency", "glossary", "decoder", "max_lookahead_ms", "lookahead", "endpoint_silence_ms"),
+    )
     audio = _section(session.get("audio"), "session.audio", "input", "output")
     audio_input = _section(audio.get("input"), "session.audio.input", "format")
-    where = "session.audio.input.format"
-    fmt = _section(audio_input.get("format"), where, "type", "rate", "channels", "encoding")
-    output = _section(audio.get("output"), "session.audio.output", "language", "languages")
-    if any(output.values()):
-        raise DragomanError(
-            "unsupported_language",
-            "this version transcribes and does not translate: leave out session.audio.output",
-        )
-    if _value(fmt, f"{where}.type", str, "audio/pcm") != "audio/pcm":
-        raise DragomanError("unsupported_encoding", f"{where}.type is {_shown(fmt['type'])}: send audio/pcm")
     defaults = SessionConfig()
-    audio_format = AudioFormat(
-        encoding=_value(fmt, f"{where}.encoding", str, defaults.audio.encoding),
-        sample_rate_hz=_value(fmt, f"{where}.rate", int, _DEFAULT_RATE_HZ),
-        channels=_value(fmt, f"{where}.channels", int, defaults.audio.channels),
-    )
     return SessionConfig(
-        audio=audio_format,
+        audio=_audio_format(audio_input.get("format")),
         max_lookahead_ms=_value(session, "session.max_lookahead_ms", int, None),
         lookahead=_value(session, "session.lookahead", str, defaults.lookahead),
         decoder=_value(session, "session.decoder", str, defaults.decoder),
         endpoint_silence_ms=_value(session, "session.endpoint_silence_ms", int, defaults.endpoint_silence_ms),
+        languages=_languages(audio.get("output")),
+        latency=_value(session, "session.latency", str, defaults.latency),
+        glossary={} if session.get("glossary") is None else session["glossary"],
     )
+
+
+def _audio_format(value: object) -> AudioFormat:
+    where, defaults = "session.audio.input.format", AudioFormat()
+    fmt = _section(value, where, "type", "rate", "channels", "encoding")
+    if _value(fmt, f"{where}.type", str, "audio/pcm") != "audio/pcm":
+        raise DragomanError("unsupported_encoding", f"{where}.type is {_shown(fmt['type'])}: send audio/pcm")
+    return AudioFormat(
+        encoding=_value(fmt, f"{where}.encoding", str, defaults.encoding),
+        sample_rate_hz=_value(fmt, f"{where}.rate", int, _DEFAULT_RATE_HZ),
+        channels=_value(fmt, f"{where}.channels", int, defaults.channels),
+    )
+
+
+def _languages(value: object) -> tuple[str, ...]:
+    """The languages to translate into, given as a list, or as OpenAI does, as one string."""
+    where = "session.audio.output"
+    output = _section(value, where, "language", "languages")
+    one, several = _value(output, f"{where}.language", str, None), output.get("languages")
+    if several is None:
+        return () if one is None else (one,)
+    if one is not None:
+        raise DragomanError("invalid_value", f"{where} has both language and languages: send one of them")
+    if not isinstance(several, list) or not all(isinstance(language, str) for language in several):
+        raise DragomanError(
+            "invalid_value", f'{where}.languages is {_shown(several)}: it must be a list of languages, such as ["es"]'
+        )
+    return tuple(dict.fromkeys(several))
 
 
 def _lookahead_change(value: object) -> LookaheadChange:
@@ -555,9 +608,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-async def serve(recognizer: Recognizer, settings: Settings) -> None:
+async def serve(recognizer: Recognizer, settings: Settings, translator: Translator | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C, then say goodbye to every client."""
-    service = Service(recognizer, settings)
+    service = Service(recognizer, settings, translator)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -8,7 +8,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +22,9 @@ from streaming.errors import DragomanError
 
 if TYPE_CHECKING:
     from client.files import AudioSource
+    from models.translator import Translator
     from streaming.audio import Encoding
+    from streaming.glossary import Glossary
     from streaming.session import Decoder, Lookahead
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -32,7 +34,7 @@ app.add_typer(models_app, name="models")
 SERVICE_PATH = "/v1/realtime/translations"
 DEFAULT_PORT = 8765
 
-FormatOption = Annotated[OutputFormat, typer.Option("--format", help="Form of the transcript.")]
+FormatOption = Annotated[OutputFormat, typer.Option("--format", help="Form of what is written.")]
 ModelOption = Annotated[
     Path | None, typer.Option("--model", metavar="DIR", help="Folder of the model; else the embedded one.")
 ]
@@ -56,6 +58,28 @@ PolicyOption = Annotated[
         help="For a model that looks ahead in chunks: chunks of one size, or each as small as leaves no doubt."
         " Left out: fixed.",
     ),
+]
+ToOption = Annotated[
+    str | None,
+    typer.Option("--to", metavar="LANGUAGE[,...]", help="Translate into these languages, such as es or es,de."),
+]
+LatencyOption = Annotated[
+    str,
+    typer.Option(
+        "--latency",
+        metavar="LEVEL",
+        help="How long the translation waits for more words: low, low-medium, medium, medium-high, high; or offline,"
+        " until the speaker pauses.",
+    ),
+]
+GlossaryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--glossary", metavar="FILE", help="Terms to translate so: lines of SOURCE, LANGUAGE, TARGET with tabs between."
+    ),
+]
+TranslatorOption = Annotated[
+    Path | None, typer.Option("--translator", metavar="DIR", help="Folder of the translator; else the embedded one.")
 ]
 RateOption = Annotated[int, typer.Option("--rate", metavar="HZ", help="Sample rate of raw PCM, in Hz.")]
 ChannelsOption = Annotated[int, typer.Option("--channels", help="Interleaved channels of raw PCM.")]
@@ -99,7 +123,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Live speech to text: words that were shown are never taken back."""
+    """Live speech to text and translation: words that were shown are never taken back."""
 
 
 @app.command()
@@ -110,8 +134,12 @@ def transcribe(
     output_format: FormatOption = OutputFormat.TXT,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="DIR", help="Write each transcript to a file in this folder."),
+        typer.Option("--output", metavar="DIR", help="Write each transcript and translation to a file in this folder."),
     ] = None,
+    to: ToOption = None,
+    latency: LatencyOption = "medium",
+    glossary: GlossaryOption = None,
+    translator: TranslatorOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -123,7 +151,7 @@ def transcribe(
     channels: ChannelsOption = 1,
     encoding: EncodingOption = "s16le",
 ) -> None:
-    """Transcribe recordings of any format that soundfile or PyAV opens.
+    """Transcribe recordings of any format that soundfile or PyAV opens, and with --to translate them.
 
     What cannot be read is named on standard error; the others are transcribed, and the exit code is 2.
     """
@@ -131,18 +159,28 @@ def transcribe(
     with one_sentence():
         from client.progress import Display
 
-        display = Display(len(files))
-        results = OrderedOutput(files, output_format, output, display.write)
+        display, languages = Display(len(files)), _languages(to)
+        results = OrderedOutput(
+            files, output_format, output, display.write, languages, bilingual=bool(languages) and sys.stdout.isatty()
+        )
 
         from client.transcribe import transcribe as run
         from models.checkpoint import load_recognizer
         from streaming.session import SessionConfig
 
         openers = [partial(_open_source, name, encoding, rate, channels) for name in files]
-        config = SessionConfig(max_lookahead_ms=max_lookahead_ms, lookahead=lookahead, decoder=decoder)
+        config = SessionConfig(
+            max_lookahead_ms=max_lookahead_ms,
+            lookahead=lookahead,
+            decoder=decoder,
+            languages=languages,
+            latency=latency,
+            glossary=_glossary(glossary),
+        )
         recognizer = load_recognizer(model, device=device, dtype=dtype)
+        interpreter = _load_translator(translator, device, dtype, languages, latency) if languages else None
         with display:
-            for step in run(openers, recognizer, config, batch_size=batch_size):
+            for step in run(openers, recognizer, config, interpreter, batch_size=batch_size):
                 if step.problem is not None:
                     failed = True
                     complain(f"{files[step.index]}: {step.problem}")
@@ -157,6 +195,32 @@ def transcribe(
         raise typer.Exit(2)
 
 
+def _languages(to: str | None) -> tuple[str, ...]:
+    """The languages of --to, each once."""
+    languages = [language.strip() for language in to.split(",")] if to is not None else []
+    if not all(languages):
+        raise DragomanError("unsupported_language", f"--to has an empty language in {to!r}: write it as in --to es,de")
+    return tuple(dict.fromkeys(languages))
+
+
+def _glossary(file: Path | None) -> "Glossary":
+    from client.glossary import read_glossary
+
+    return {} if file is None else read_glossary(file)
+
+
+def _load_translator(
+    folder: Path | None, device: str, dtype: str, languages: Sequence[str] = (), latency: str = "medium"
+) -> "Translator":
+    """The translator, which must know these languages at this latency."""
+    from models.translator import load_translator
+
+    translator = load_translator(folder, device=device, dtype=dtype)
+    for language in languages:
+        translator.direction(language, latency)
+    return translator
+
+
 def _open_source(name: str, encoding: "Encoding", rate_hz: int, channels: int) -> "AudioSource":
     from client.files import AudioFile, PcmStream
     from streaming.audio import AudioFormat
@@ -169,10 +233,48 @@ def _open_source(name: str, encoding: "Encoding", rate_hz: int, channels: int) -
 
 
 @app.command()
+def translate(
+    to: Annotated[
+        str, typer.Option("--to", metavar="LANGUAGE[,...]", help="Translate into these languages, such as es or es,de.")
+    ],
+    text: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="UTF-8 text, a sentence or paragraph a line; - is standard input.")
+    ] = STDIN,
+    output_format: Annotated[
+        Literal["txt", "jsonl"], typer.Option("--format", help="A line for each line, or the events of each.")
+    ] = "txt",
+    latency: LatencyOption = "medium",
+    glossary: GlossaryOption = None,
+    translator: TranslatorOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines worked on at a time.")] = 8,
+) -> None:
+    """Translate text, reading each line word by word as if it were spoken.
+
+    Text into several languages has them on one line, with tabs between them.
+    """
+    with one_sentence():
+        from client.translate import JsonLines, Lines, TextLines
+        from client.translate import translate as run
+        from streaming.text_session import TextSession
+
+        languages, terms = _languages(to), _glossary(glossary)
+        stream = sys.stdin.buffer if text == STDIN else Path(text).open("rb")
+        interpreter = _load_translator(translator, device, dtype, languages, latency)
+        writer = TextLines(languages) if output_format == "txt" else JsonLines()
+        open_session = partial(TextSession, interpreter, languages, latency, terms)
+        for step in run(Lines(stream, text), open_session, batch_size=batch_size):
+            sys.stdout.write(writer.push(step))
+            sys.stdout.flush()
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
     model: ModelOption = None,
+    translator: TranslatorOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
@@ -184,12 +286,13 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate chain, for wss.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private key, for wss.")] = None,
 ) -> None:
-    """Serve live transcription over WebSocket until SIGTERM or Ctrl-C."""
+    """Serve live transcription and translation over WebSocket until SIGTERM or Ctrl-C."""
     with one_sentence():
         import logging
 
         import server
         from models.checkpoint import load_recognizer
+        from models.translator import EMBEDDED_TRANSLATOR
 
         settings = server.Settings(
             host=host,
@@ -202,7 +305,9 @@ def serve(
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("websockets").setLevel(logging.WARNING)
-        asyncio.run(server.serve(load_recognizer(model, device=device, dtype=dtype), settings))
+        wanted = translator is not None or EMBEDDED_TRANSLATOR.exists()
+        interpreter = _load_translator(translator, device, dtype) if wanted else None
+        asyncio.run(server.serve(load_recognizer(model, device=device, dtype=dtype), settings, interpreter))
 
 
 @app.command()
@@ -214,6 +319,9 @@ def live(
     output_format: FormatOption = OutputFormat.TXT,
     pace: Annotated[float, typer.Option(min=0.01, help="Speed of sending, in times real time.")] = 1.0,
     fast: Annotated[bool, typer.Option("--fast", help="Send as fast as the service takes it.")] = False,
+    to: ToOption = None,
+    latency: LatencyOption = "medium",
+    glossary: GlossaryOption = None,
     decoder: DecoderOption = "rnnt",
     max_lookahead_ms: LookaheadOption = None,
     lookahead: PolicyOption = None,
@@ -230,6 +338,8 @@ def live(
         from client.live import stream
         from client.output import make_writer
 
+        languages = _languages(to)
+        bilingual = bool(languages) and sys.stdout.isatty()
         try:
             source = _open_source(file, encoding, rate, channels)
         except DragomanError as error:
@@ -238,9 +348,16 @@ def live(
             stream(
                 source,
                 url,
-                make_writer(output_format, file),
+                make_writer(output_format, file, languages, bilingual=bilingual),
                 pace=None if fast else pace,
-                session={"decoder": decoder, "max_lookahead_ms": max_lookahead_ms, "lookahead": lookahead},
+                session={
+                    "audio": {"output": {"languages": languages}},
+                    "latency": latency,
+                    "glossary": _glossary(glossary),
+                    "decoder": decoder,
+                    "max_lookahead_ms": max_lookahead_ms,
+                    "lookahead": lookahead,
+                },
                 token=token,
             )
         )
@@ -251,8 +368,20 @@ def evaluate(
     context: typer.Context,
     manifests: Annotated[
         list[Path],
-        typer.Argument(metavar="MANIFEST...", help="JSON lines with audio, relative to the manifest, and text."),
+        typer.Argument(
+            metavar="MANIFEST...",
+            help="JSON lines with text, and audio, relative to the manifest, or reference translations in es, de, fr.",
+        ),
     ],
+    to: ToOption = None,
+    latency: Annotated[
+        str,
+        typer.Option(metavar="LEVEL[,...]", help="Latencies of the translation to score; all: every one it knows."),
+    ] = "medium",
+    spoken: Annotated[
+        bool, typer.Option("--spoken", help="Read text as a recogniser writes it: lower case, no punctuation.")
+    ] = False,
+    translator: TranslatorOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -276,55 +405,102 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first so many utterances of each set.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings worked on at a time.")] = 16,
     replay: Annotated[
-        int, typer.Option(min=0, help="Recordings of each set to replay as live streams, for delay with computing.")
+        int,
+        typer.Option(
+            min=0, help="Recordings or texts of each set to replay as live streams, for delay with computing."
+        ),
     ] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. Left out: its own choice.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a report in JSON.")] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the delays of translations as OmniSTEval's JSON lines to this folder."),
+    ] = None,
     curve: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw word error rate over delay, to a .png or .svg; needs matplotlib."),
+        typer.Option(
+            metavar="FILE", help="Draw word error rate over delay, BLEU over lag, to a .png or .svg; needs matplotlib."
+        ),
     ] = None,
 ) -> None:
-    """Score a model on recordings whose words are known: word error rate, delay of the words, speed.
+    """Score models on recordings and texts: word error rate, BLEU, chrF, delay and lag, speed.
 
+    Recordings are translated where --to says so, text always.
     What cannot be read is named on standard error; the others are scored, and the exit code is 2.
     """
-    problems: set[str] = set()
+    problems: list[str] = []
     with one_sentence():
         import torch
 
-        from client.evaluate import read_sets, score, session_configs
+        from client.evaluate import SpeechSet, read_all_sets, score, session_configs
+        from client.evaluate_translation import log_name, translation_jobs
+        from client.latency import write_log
         from client.progress import counted
-        from client.report import Conditions, draw_curve, json_report, print_scores, require_curve, require_output
+        from client.report import (
+            Conditions,
+            draw_curve,
+            json_report,
+            print_scores,
+            print_translations,
+            require_curve,
+            require_output,
+        )
         from models.checkpoint import load_recognizer
 
         if json_file is not None:
             require_output(json_file)
         if curve is not None:
             require_curve(curve)
+        if log is not None:
+            log.mkdir(parents=True, exist_ok=True)
         if threads is not None:
             torch.set_num_threads(threads)
-        sets = read_sets(manifests, limit)
-        recognizer = load_recognizer(model, device=device, dtype=dtype)
-        configs = session_configs(
-            recognizer,
-            cast("list[Decoder]", decoder or ["rnnt"]),
-            max_lookahead_ms or [None],
-            cast("list[Lookahead]", lookahead or [None]),
+        sets = read_all_sets(manifests, limit)
+        speech = [one for one in sets if isinstance(one, SpeechSet)]
+        recognizer = load_recognizer(model, device=device, dtype=dtype) if speech else None
+        interpreter = _load_translator(translator, device, dtype) if to or len(speech) < len(sets) else None
+        decoders, policies = cast("list[Decoder]", decoder or ["rnnt"]), cast("list[Lookahead]", lookahead or [None])
+        configs = session_configs(recognizer, decoders, max_lookahead_ms or [None], policies) if recognizer else []
+        sizes = {"batch_size": batch_size, "replay": replay}
+        pairs = [(one, config) for one in speech for config in configs]
+        jobs = (
+            []
+            if interpreter is None
+            else translation_jobs(
+                interpreter,
+                sets if to else [one for one in sets if one not in speech],
+                _languages(to),
+                [level.strip() for level in latency.split(",")],
+                recognizer=recognizer,
+                configs=configs,
+                spoken=spoken,
+                **sizes,
+            )
         )
-        load_before, scores = os.getloadavg(), []
-        for speech, config in counted([(speech, config) for speech in sets for config in configs]):
-            scores.append(score(recognizer, speech, config, batch_size=batch_size, replay=replay))
-            for problem in scores[-1].problems:
-                if problem not in problems:  # each setting has met it
-                    complain(problem)
-                problems.add(problem)
-        conditions = Conditions.now(context.params, recognizer.name, load_before)
-        print_scores(scores, conditions)
+        load_before = os.getloadavg()
+        scores = [score(recognizer, one, config, **sizes) for one, config in counted(pairs) if recognizer]
+        logged = [result for job in counted(jobs) for result in job()]
+        translations = [result for result, _ in logged]
+        problems = list(dict.fromkeys(p for one in (*scores, *translations) for p in one.problems))  # each met often
+        for problem in problems:
+            complain(problem)
+        conditions = Conditions.now(
+            context.params,
+            load_before,
+            model=recognizer and recognizer.name,
+            translator=interpreter and interpreter.name,
+        )
+        if scores:
+            print_scores(scores, conditions)
+        if translations:
+            print_translations(translations, conditions)
         if json_file is not None:
-            json_file.write_text(json_report(scores, conditions), encoding="utf-8")
+            json_file.write_text(json_report(scores, conditions, translations), encoding="utf-8")
+        if log is not None:
+            for result, instances in logged:
+                write_log(instances, log / log_name(result))
         if curve is not None:
-            draw_curve(scores, recognizer.name, curve)
+            draw_curve(scores, conditions.model or conditions.translator, curve, translations)
     if problems:
         raise typer.Exit(2)
 
@@ -336,8 +512,12 @@ def list_models() -> None:
 
     for config_path in sorted(Path(models.__file__).parent.glob("*/config.json")):
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        lookaheads = sorted(80 * frames for frames in config["encoder"]["lookahead_frames"])
-        typer.echo(f"{config_path.parent.name}  look-ahead {', '.join(map(str, lookaheads))} ms")
+        if translation := config.get("translation"):
+            what = f"{', '.join(translation['sources'])} → {', '.join(translation['targets'])}"
+        else:
+            lookaheads = sorted(80 * frames for frames in config["encoder"]["lookahead_frames"])
+            what = f"look-ahead {', '.join(map(str, lookaheads))} ms"
+        typer.echo(f"{config_path.parent.name}  {what}")
 
 
 @models_app.command("import")

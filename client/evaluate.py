@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import jiwer
 import numpy as np
@@ -32,11 +32,14 @@ from client.normalize import normalize_transcript
 from client.transcribe import Step, transcribe
 from models.config import FRAME_MS
 from models.recognizer import Recognizer
+from models.translator import Translator
 from models.vad import is_silent
 from streaming.audio import SAMPLE_RATE_HZ, Samples
 from streaming.errors import DragomanError
 from streaming.events import Event, TranscriptDelta
 from streaming.session import Decoder, Lookahead, Session, SessionConfig
+
+_Item = TypeVar("_Item")
 
 NORMALISER: Final = f"{normalize_transcript.__module__}.{normalize_transcript.__qualname__}"
 """Name of the function that both sides of a word error rate go through."""
@@ -403,7 +406,7 @@ def score(
         delay=Delay.of([ms for *_, ear in sound for ms in ear.delays_ms], sum(ear.words_at_end for *_, ear in sound)),
         audio_s=audio_s,
         times_real_time=audio_s / wall_s,
-        replay=_replay(recognizer, _spread([utterance.audio for utterance, *_ in sound], replay), config),
+        replay=_replay(recognizer, spread([utterance.audio for utterance, *_ in sound], replay), config),
         problems=tuple(
             f"{utterance.audio}: {ear.problem}; it is not scored"
             for (utterance, _), ear in zip(pairs, heard, strict=True)
@@ -482,10 +485,10 @@ def backlogs_ms(costs_ms: Iterable[float], step_ms: float = STEP_MS) -> list[flo
     return list(accumulate(costs_ms, lambda backlog, cost: max(0.0, backlog - step_ms) + cost))
 
 
-def _spread(audio: Sequence[Path], count: int) -> list[Path]:
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
     """So many of them, or all, at even distances: neighbours are often one speaker's."""
-    count = min(count, len(audio))
-    return [audio[i * len(audio) // count] for i in range(count)]
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -515,11 +518,11 @@ def _replay(recognizer: Recognizer, audio: Sequence[Path], config: SessionConfig
 
 def _stream(recognizer: Recognizer, file: Path, config: SessionConfig) -> _Stream:
     """Push a recording in steps of `STEP_MS`, as fast as may be, and time each push."""
-    samples, session = _open(recognizer, file, config)
+    samples, session = open_session(recognizer, file, config)
     rate_hz = session.config.audio.sample_rate_hz
     costs_ms, told = [], []
     begun_s = time.process_time()
-    for piece in _pieces(samples, rate_hz):
+    for piece in pieces(samples, rate_hz):
         pushed_s = time.perf_counter()
         events = session.push(piece)
         costs_ms.append(1e3 * (time.perf_counter() - pushed_s))
@@ -536,17 +539,19 @@ def _stream(recognizer: Recognizer, file: Path, config: SessionConfig) -> _Strea
     )
 
 
-def _open(recognizer: Recognizer, file: Path, config: SessionConfig) -> tuple[Samples, Session]:
+def open_session(
+    recognizer: Recognizer, file: Path, config: SessionConfig, translator: Translator | None = None
+) -> tuple[Samples, Session]:
     """A whole recording, ``[samples, channels]``, and a session that takes its format."""
     source = AudioFile(file)
     try:
         samples = np.concatenate(list(source.blocks(source.format.sample_rate_hz)))
     finally:
         source.close()
-    return samples, Session(recognizer, replace(config, audio=source.format))
+    return samples, Session(recognizer, replace(config, audio=source.format), translator)
 
 
-def _pieces(samples: Samples, rate_hz: int) -> Iterator[Samples]:
+def pieces(samples: Samples, rate_hz: int) -> Iterator[Samples]:
     """Steps of `STEP_MS`, the last one maybe shorter; where a step is no whole number of samples, none drifts."""
     step, start = 0, 0
     while start < len(samples):

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from streaming.errors import DragomanError
-
-Glossary = dict[str, dict[str, str]]
-"""By source term and target language, what to write: ``{"firmware": {"es": "firmware"}}``, as on the wire."""
+from streaming.glossary import Glossary
 
 _FIELDS: Final = ("source", "language", "target")
 
@@ -34,7 +32,7 @@ def read_glossary(file: Path) -> Glossary:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DragomanError("glossary_unreadable", f"{file} cannot be read as a glossary: {reason}") from None
-    glossary: Glossary = {}
+    glossary: dict[str, dict[str, str]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             source, language, target = _entry(line, f"{file}, line {number}")

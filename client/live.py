@@ -40,7 +40,7 @@ async def stream(
         url: The service, ``ws://`` or ``wss://``.
         writer: Form of what is printed to standard output.
         pace: Speed of sending in times real time; None sends as fast as the service takes it.
-        session: Fields of ``session.update`` beside the audio format.
+        session: Fields of ``session.update``; the audio format is added to them.
         token: Secret of the service, if it asks for one.
 
     Raises:
@@ -83,7 +83,7 @@ async def _send(
         loop.remove_signal_handler(signal.SIGINT)
 
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    audio = {"input": {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE_HZ}}}
+    audio = {**session.get("audio", {}), "input": {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE_HZ}}}
     with suppress(ConnectionClosed):  # the printer finds out why
         await connection.send(json.dumps({"type": "session.update", "session": {**session, "audio": audio}}))
         started_s = loop.time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from client.evaluate import NORMALISER, Delay, Score
+from client.evaluate_translation import WORD_MS, TranslationScore
+from client.latency import Lagging
 from streaming.errors import DragomanError
 
-_PACKAGES: Final = ("dragoman", "torch", "numpy", "jiwer", "num2words")
+_PACKAGES: Final = ("dragoman", "torch", "numpy", "jiwer", "num2words", "sacrebleu")
 _PICTURES: Final = (".png", ".svg")
 _NOTHING: Final = "–"
 # A pipe has no width; a row of the table fits in this.
@@ -31,22 +33,31 @@ class Conditions:
 
     Attributes:
         command: The settings, by their names.
-        model: What the model calls itself.
+        model: What the recogniser calls itself; None where nothing was recognised.
+        translator: What the translator calls itself; None where nothing was translated.
         threads: Threads of PyTorch.
         load_before: Load average over 1, 5 and 15 minutes before the first score.
         load_after: And after the last.
     """
 
     command: Mapping[str, Any]
-    model: str
+    model: str | None
+    translator: str | None
     threads: int
     load_before: tuple[float, float, float]
     load_after: tuple[float, float, float]
 
     @classmethod
-    def now(cls, command: Mapping[str, Any], model: str, load_before: tuple[float, float, float]) -> Conditions:
+    def now(
+        cls,
+        command: Mapping[str, Any],
+        load_before: tuple[float, float, float],
+        *,
+        model: str | None = None,
+        translator: str | None = None,
+    ) -> Conditions:
         """The conditions after the last score."""
-        return cls(command, model, torch.get_num_threads(), load_before, os.getloadavg())
+        return cls(command, model, translator, torch.get_num_threads(), load_before, os.getloadavg())
 
 
 def percent(wer: float | None) -> str:
@@ -56,9 +67,7 @@ def percent(wer: float | None) -> str:
 
 def print_scores(scores: Sequence[Score], conditions: Conditions) -> None:
     """Print the scores as a table to standard output, and below it what they were measured with."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_COLUMNS
+    console = _console()
     table = Table("set", "decoder", title=conditions.model)
     for heading in ("look-ahead", "files", "left out", "words", "WER %", "sub/del/ins"):
         table.add_column(heading, justify="right")
@@ -67,11 +76,85 @@ def print_scores(scores: Sequence[Score], conditions: Conditions) -> None:
     for score in scores:
         table.add_row(*_cells(score))
     console.print(table)
-    load = " and ".join(f"{load[0]:.2f}" for load in (conditions.load_before, conditions.load_after))
+    console.print(f"Delays are p50/p95/mean. Words are compared as {NORMALISER} writes them. {_load(conditions)}")
+
+
+def print_translations(scores: Sequence[TranslationScore], conditions: Conditions) -> None:
+    """Print scores of translations as a table to standard output, and below it what they were measured with."""
+    console = _console()
+    table = Table("set", "to", "latency", title=conditions.translator)
+    for heading in (
+        "segments",
+        "left out",
+        "BLEU",
+        "chrF",
+        "from text",
+        "lag words",
+        "lag ms",
+        "live",
+        "with computing",
+    ):
+        table.add_column(heading, justify="right")
+    for heading in ("delay ms", "NE", "push ms"):
+        table.add_column(heading, justify="right")
+    for score in scores:
+        table.add_row(*_translation_cells(score))
+    console.print(table)
+    for signature in dict.fromkeys(_signatures(scores)):
+        console.print(signature)
     console.print(
-        f"Delays are p50/p95/mean. Words are compared as {NORMALISER} writes them."
-        f" Load average before and after: {load}; threads: {conditions.threads}."
+        f"Lag is AL/LAAL/DAL/YAAL; live, and with computing, LAAL in ms of the replayed segments. A word of text takes"
+        f" {WORD_MS} ms. From text: BLEU of speech had it been recognised without error. Delay of source words and time"
+        f" of a push: p50/p95. NE: normalized erasure. {_load(conditions)}"
     )
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_COLUMNS
+    return console
+
+
+def _load(conditions: Conditions) -> str:
+    load = " and ".join(f"{load[0]:.2f}" for load in (conditions.load_before, conditions.load_after))
+    return f"Load average before and after: {load}; threads: {conditions.threads}."
+
+
+def _signatures(scores: Sequence[TranslationScore]) -> Iterator[str]:
+    for score in scores:
+        if score.quality is not None:
+            yield f"BLEU {score.quality.bleu_signature}"
+            yield f"chrF2 {score.quality.chrf_signature}"
+
+
+def _translation_cells(score: TranslationScore) -> list[str]:
+    live = score.live
+    return [
+        score.manifest,
+        score.language,
+        score.latency,
+        str(score.segments),
+        str(score.left_out),
+        _decimal(score.quality and score.quality.bleu),
+        _decimal(score.quality and score.quality.chrf),
+        _decimal(score.quality_from_text and score.quality_from_text.bleu),
+        "/".join(map(_decimal, _lags(score.lag_words))),
+        "/".join(map(_whole, _lags(score.lag_ms))),
+        _whole(live and live.lag_ms.laal),
+        _whole(live and live.total_lag_ms.laal),
+        _NOTHING if score.delay is None else "/".join(map(_whole, (score.delay.p50_ms, score.delay.p95_ms))),
+        _NOTHING if score.erasure is None else f"{score.erasure:.2f}",
+        _NOTHING if live is None else "/".join(map(_decimal, (live.push_p50_ms, live.push_p95_ms))),
+    ]
+
+
+def _lags(lag: Lagging) -> tuple[float | None, ...]:
+    return lag.al, lag.laal, lag.dal, lag.yaal
+
+
+def _decimal(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.1f}"
 
 
 def _cells(score: Score) -> list[str]:
@@ -114,16 +197,34 @@ def markdown_table(scores: Sequence[Score]) -> str:
     return "\n".join(rows)
 
 
-def json_report(scores: Sequence[Score], conditions: Conditions) -> str:
+def translation_table(scores: Sequence[TranslationScore]) -> str:
+    """Scores of translations for a model card; lag in source words and ms without computing."""
+    rows = [
+        "| set | to | latency | segments | BLEU | chrF | AL / LAAL / DAL / YAAL (words) | LAAL (ms) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for s in scores:
+        quality = (_decimal(value) for value in ((s.quality.bleu, s.quality.chrf) if s.quality else (None, None)))
+        lags = " / ".join(map(_decimal, _lags(s.lag_words)))
+        rows.append(
+            f"| {s.manifest} | {s.language} | {s.latency} | {s.segments} | {' | '.join(quality)} | {lags}"
+            f" | {_whole(s.lag_ms.laal)} |"
+        )
+    return "\n".join(rows)
+
+
+def json_report(scores: Sequence[Score], conditions: Conditions, translations: Sequence[TranslationScore] = ()) -> str:
     """Everything about the scores as one JSON object.
 
-    Its keys are ``command``, ``model``, ``normaliser``, ``versions`` (null for what runs without being installed),
-    ``machine`` (``cpu_count``, ``threads``, ``load_before``, ``load_after``) and ``scores``, a list with the fields
-    of `client.evaluate.Score`.
+    Its keys are ``command``, ``model``, ``translator``, ``normaliser``, ``versions`` (null for what runs without being
+    installed), ``machine`` (``cpu_count``, ``threads``, ``load_before``, ``load_after``), ``scores``, a list with the
+    fields of `client.evaluate.Score`, and ``translations``, with those of
+    `client.evaluate_translation.TranslationScore`.
     """
     report = {
         "command": conditions.command,
         "model": conditions.model,
+        "translator": conditions.translator,
         "normaliser": NORMALISER,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {
@@ -133,6 +234,7 @@ def json_report(scores: Sequence[Score], conditions: Conditions) -> str:
             "load_after": conditions.load_after,
         },
         "scores": [asdict(score) for score in scores],
+        "translations": [asdict(score) for score in translations],
     }
     return json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
 
@@ -191,26 +293,53 @@ def curve_points(scores: Sequence[Score]) -> dict[str, list[tuple[float, float, 
     return {name: sorted(points, key=lambda point: point[2]) for name, points in lines.items()}
 
 
-def draw_curve(scores: Sequence[Score], model: str, file: Path) -> None:
-    """Draw word error rate over delay, a line for each set and decoder.
+def translation_points(scores: Sequence[TranslationScore]) -> dict[str, list[tuple[float, float, str]]]:
+    """What the curve of translations shows.
+
+    Returns:
+        For each set and language, ``"SET, LANGUAGE"``, a point for each latency, in the order of lag: length-adaptive
+        average lagging in words, BLEU, latency. A score without either has none.
+    """
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for score in scores:
+        if score.quality is not None and score.lag_words.laal is not None:
+            points = lines.setdefault(f"{score.manifest}, {score.language}", [])
+            points.append((score.lag_words.laal, score.quality.bleu, score.latency))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def draw_curve(
+    scores: Sequence[Score], model: str | None, file: Path, translations: Sequence[TranslationScore] = ()
+) -> None:
+    """Draw word error rate over delay, a line for each set and decoder, and BLEU over lag, one for each language.
 
     Args:
         scores: As measured.
-        model: Name of the model.
+        model: Name of the model, for a title.
         file: A PNG or SVG, by its suffix; `require_curve` has allowed it.
+        translations: As measured.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, points in curve_points(scores).items():
-        delays_ms, rates, _ = zip(*points, strict=True)
-        axes.plot(delays_ms, rates, marker="o", label=name)
-        for delay_ms, rate, lookahead_ms in points:
-            axes.annotate(f"{lookahead_ms} ms", (delay_ms, rate), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set(title=model, xlabel="mean emission delay, ms of audio", ylabel="word error rate, %")
-    axes.margins(0.1)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=8)
+    curves: list[tuple[str | None, str, str, dict[str, list[tuple[float, float, str]]]]] = []
+    if scores or not translations:
+        points = {name: [(x, y, f"{ms} ms") for x, y, ms in line] for name, line in curve_points(scores).items()}
+        curves.append((model, "mean emission delay, ms of audio", "word error rate, %", points))
+    if translations:
+        lags = translation_points(translations)
+        curves.append((model, "length-adaptive average lagging, source words", "BLEU", lags))
+    figure = Figure(figsize=(8 * len(curves), 5), layout="constrained")
+    for axes, (title, x_label, y_label, lines) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True
+    ):
+        for name, line in lines.items():
+            xs, ys, labels = zip(*line, strict=True)
+            axes.plot(xs, ys, marker="o", label=name)
+            for x, y, label in zip(xs, ys, labels, strict=True):
+                axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.savefig(file, dpi=150)

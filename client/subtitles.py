@@ -4,9 +4,10 @@ Only certain words come in, so a cue is written once and never changed. Cues do 
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
-from streaming.events import TranscriptDelta, Word
+from streaming.events import TranscriptDelta, TranslationDelta, Word
 
 # What subtitlers ask of a cue: two lines that fit the picture, a second to read it, at most six on screen.
 MAX_LINE_CHARACTERS: Final = 42
@@ -38,10 +39,10 @@ class CueMaker:
         self._complete = False  # no further word joins these
         self._screen_free_ms = 0
 
-    def push(self, delta: TranscriptDelta) -> list[Cue]:
+    def push(self, delta: TranscriptDelta | TranslationDelta) -> list[Cue]:
         """Add the words of one delta; return the cues that are now final."""
         cues = []
-        for word in delta.words:
+        for word in delta.words if isinstance(delta, TranscriptDelta) else spread(delta):
             if self._words and (self._complete or not self._fits(word)):
                 cues.append(self._close(word.start_ms))
             self._words.append(word)
@@ -77,6 +78,15 @@ class CueMaker:
         self._words = []
         self._complete = False
         return cue
+
+
+def spread(delta: TranslationDelta) -> list[Word]:
+    """The words of a translation, timed as if they were spoken evenly, letter by letter, while their source was."""
+    assert delta.source_start_ms is not None and delta.source_end_ms is not None, "subtitles need audio"
+    texts = delta.delta.split()
+    span_ms, letters = delta.source_end_ms - delta.source_start_ms, sum(map(len, texts)) or 1
+    ends = [delta.source_start_ms + span_ms * count // letters for count in accumulate(map(len, texts), initial=0)]
+    return [Word(text, start, end, 1.0) for text, start, end in zip(texts, ends, ends[1:], strict=False)]
 
 
 def _wrap(words: list[Word]) -> list[str]:

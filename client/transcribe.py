@@ -1,4 +1,4 @@
-"""Many recordings through one recogniser, a few of them at a time in one batch."""
+"""Many recordings through one recogniser, and one translator, a few of them at a time in one batch."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +7,7 @@ from typing import Final
 
 from client.files import AudioSource
 from models.recognizer import Recognizer
+from models.translator import Translator
 from streaming.audio import Samples
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed
@@ -44,6 +45,7 @@ def transcribe(
     openers: Sequence[Callable[[], AudioSource]],
     recognizer: Recognizer,
     config: SessionConfig,
+    translator: Translator | None = None,
     *,
     batch_size: int,
 ) -> Iterator[Step]:
@@ -55,6 +57,7 @@ def transcribe(
         openers: One function for each recording, that opens it.
         recognizer: The model.
         config: Settings of the sessions; the audio format is taken from each recording.
+        translator: The model that translates, if `config` names languages.
         batch_size: Recordings at a time, at least 1.
 
     Yields:
@@ -67,7 +70,7 @@ def transcribe(
             while waiting and len(running) < batch_size:
                 index, open_source = waiting.popleft()
                 try:
-                    running.append(_Job(index, open_source(), recognizer, config))
+                    running.append(_Job(index, open_source(), recognizer, config, translator))
                 except DragomanError as error:
                     yield Step(index, problem=str(error), done=True)
             for job in running:
@@ -84,14 +87,21 @@ def transcribe(
 class _Job:
     """One recording under way."""
 
-    def __init__(self, index: int, source: AudioSource, recognizer: Recognizer, config: SessionConfig) -> None:
+    def __init__(
+        self,
+        index: int,
+        source: AudioSource,
+        recognizer: Recognizer,
+        config: SessionConfig,
+        translator: Translator | None,
+    ) -> None:
         self.index = index
         self.source = source
         self.done = False
         self._problem: str | None = None
         self._read_s = 0.0
         try:
-            self.session = Session(recognizer, replace(config, audio=source.format))
+            self.session = Session(recognizer, replace(config, audio=source.format), translator)
         except DragomanError:
             source.close()
             raise

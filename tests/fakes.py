@@ -1,8 +1,8 @@
 """A session without a model, for tests of files, formats and sockets.
 
 It has the interface of `streaming.session`. Each 400 ms of sound become one word that says how loud they
-were, so a test knows what to expect from its audio; 400 ms of silence are an endpoint. Like the real one it
-gives the same events for any chunking of its audio.
+were, so a test knows what to expect from its audio, and is translated at once; 400 ms of silence are an endpoint.
+Like the real one it gives the same events for any chunking of its audio.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 import server
 from models.recognizer import Recognizer
+from models.translator import TranslationConfig, Translator
 from streaming.audio import AudioNormalizer, Samples
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, Word
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta, Word
 
 WORD_MS: Final = 400
 _WORD_SAMPLES: Final = 16 * WORD_MS
@@ -30,10 +31,30 @@ class FakeRecognizer:
     adaptive = False
 
 
+class FakeTranslator:
+    """And where its would be."""
+
+    name = "fake"
+    policy = "interleaved"
+    config = TranslationConfig()
+
+    def direction(self, target: str, latency: str) -> None:
+        for value, known, code in (
+            (target, self.config.targets, "unsupported_language"),
+            (latency, self.config.latencies, "unsupported_latency"),
+        ):
+            if value not in known:
+                raise DragomanError(code, f"model 'fake' cannot {value!r}; it knows {', '.join(known)}")
+
+
 @asynccontextmanager
-async def running_service(recognizer: object = FakeRecognizer(), **settings: Any) -> AsyncIterator[str]:
+async def running_service(
+    recognizer: object = FakeRecognizer(), translator: object = None, **settings: Any
+) -> AsyncIterator[str]:
     """A service on a free port; gives its URL."""
-    service = server.Service(cast(Recognizer, recognizer), server.Settings(port=0, **settings))
+    service = server.Service(
+        cast(Recognizer, recognizer), server.Settings(port=0, **settings), cast(Translator, translator)
+    )
     try:
         yield await service.start()
     finally:
@@ -41,14 +62,18 @@ async def running_service(recognizer: object = FakeRecognizer(), **settings: Any
 
 
 class FakeSession:
-    """Words from loudness; `config` needs no more than an audio format."""
+    """Words from loudness, ``w30``, and their translations, ``es30``."""
 
-    def __init__(self, recognizer: object, config: Any) -> None:
+    def __init__(self, recognizer: object, config: Any, translator: Any = None) -> None:
         self.config = config
+        for language in config.languages:
+            if translator is None:
+                raise DragomanError("unsupported_language", "there is no translator")
+            translator.direction(language, config.latency)
         self._normalizer = AudioNormalizer(config.audio)
         self._rate_hz = config.audio.sample_rate_hz
         self._waiting: Samples = np.empty(0, np.float32)
-        self._words = 0
+        self._words = self._heard_words = 0
         self._segment = 0
         self._seq = 0
         self._events: list[Event] = []
@@ -107,6 +132,13 @@ class FakeSession:
         )
         self._seq += 1
         self._segment += not is_sound
+        self._heard_words += is_sound
+        last = self._heard_words - 1
+        for language in self.config.languages if self._heard_words else ():
+            text = f" {language}{round(100 * loudness)}" if is_sound else ""
+            times = {"source_start_ms": start_ms, "source_end_ms": end_ms, "emitted_ms": end_ms}
+            self._events.append(TranslationDelta(self._seq, text, language, (last, last), not is_sound, **times))
+            self._seq += 1
 
 
 def fake_tick(sessions: Sequence[FakeSession], *, max_chunks: int = 1) -> None:

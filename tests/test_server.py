@@ -23,7 +23,7 @@ from models.recognizer import Recognizer
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.session import SessionConfig
-from tests.fakes import FakeRecognizer, FakeSession, fake_tick, running_service, tone
+from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
 
 RATE_16K = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}}}
 
@@ -42,14 +42,14 @@ async def send_event(connection: ClientConnection, kind: str, **fields: Any) -> 
     await connection.send(json.dumps({"type": kind, **fields}))
 
 
-async def events_until_closed(connection: ClientConnection) -> list[dict[str, Any]]:
+async def events_until_closed(connection: ClientConnection, first_seq: int = 0) -> list[dict[str, Any]]:
     events = []
     try:
         async for frame in connection:
             events.append(json.loads(frame))
     except ConnectionClosed:
         pass
-    assert [event["seq"] for event in events] == list(range(len(events)))
+    assert [event["seq"] for event in events] == list(range(first_seq, first_seq + len(events)))
     return events
 
 
@@ -116,6 +116,56 @@ async def test_a_session_from_its_first_to_its_last_event() -> None:
         assert words(rest) == " w40 w60"
         assert rest[-1] == {"type": "session.closed", "seq": 5, "audio_ms": 1200}
         assert connection.close_code == 1000
+
+
+async def test_translations_come_with_the_audio_that_they_are_of() -> None:
+    async with running_service(translator=FakeTranslator()) as url, connect(url) as connection:
+        created = json.loads(await connection.recv())["session"]
+        latencies = ["low", "low-medium", "medium", "medium-high", "high", "offline"]
+        assert created["translator"] == {
+            "model": "fake", "languages": ["es", "de", "fr"], "latencies": latencies, "policy": "interleaved",
+        }  # fmt: skip
+        assert (created["audio"]["output"], created["latency"], created["glossary"]) == (
+            {"languages": []},
+            "medium",
+            {},
+        )
+        glossary = {"w40": {"es": "cuarenta"}}
+        audio = {**RATE_16K["audio"], "output": {"languages": ["es", "fr"]}}
+        await send_event(connection, "session.update", session={"audio": audio, "latency": "low", "glossary": glossary})
+        updated = json.loads(await connection.recv())["session"]
+        assert updated["audio"]["output"] == {"languages": ["es", "fr"]}
+        assert (updated["latency"], updated["glossary"]) == ("low", glossary)
+        await connection.send(pcm([0.2, 0.4, 0]))
+        await send_event(connection, "session.close")
+        events = await events_until_closed(connection, 2)
+        deltas = [event for event in events if event["type"] == "session.output_transcript.delta"]
+        assert all(0 <= event.pop("backlog_ms") < 5_000 for event in deltas)
+        assert [event.pop("seq") for event in deltas] == [3, 4, 6, 7, 9, 10]
+        assert deltas[2] == {
+            "type": "session.output_transcript.delta",
+            "delta": " es40",
+            "language": "es",
+            "source_start_ms": 400,
+            "source_end_ms": 800,
+            "emitted_ms": 800,
+            "source_words": [1, 1],
+            "endpoint": False,
+        }
+        assert [event["endpoint"] for event in deltas] == [False] * 4 + [True] * 2
+        assert "".join(event["delta"] for event in deltas if event["language"] == "fr") == " fr20 fr40"
+
+
+async def test_a_translation_that_cannot_be_ends_the_session_with_a_sentence() -> None:
+    for translator, sentence in ((FakeTranslator(), "'xx'; it knows es, de, fr"), (None, "no translator")):
+        async with running_service(translator=translator) as url, connect(url) as connection:
+            assert json.loads(await connection.recv())["session"].get("translator") is None or translator
+            await send_event(connection, "session.update", session={"audio": {"output": {"language": "xx"}}})
+            events = await events_until_closed(connection, 1)
+            (error,) = (event["error"] for event in events)
+            assert error["code"] == "unsupported_language"
+            assert sentence in error["message"]
+            assert connection.close_code == 1007
 
 
 async def test_without_a_declaration_audio_is_24_khz() -> None:
@@ -211,7 +261,7 @@ def test_what_is_kept_of_arrivals_does_not_grow(monkeypatch: pytest.MonkeyPatch)
         stream.session.write(pcm([0.0]))
         stream.session.step()
         stream.timed(stream.session.take_events())
-    assert len(stream._arrivals) < 3
+    assert len(stream._arrivals) < 8
 
 
 @pytest.mark.parametrize(
@@ -465,14 +515,35 @@ def update(**session: Any) -> str:
 def test_settings_of_a_session() -> None:
     fmt = {"type": "audio/pcm", "rate": 8_000, "channels": 2, "encoding": "f32le"}
     text = update(
-        audio={"input": {"format": fmt}, "output": {"languages": []}},
+        audio={"input": {"format": fmt}, "output": {"languages": ["es", "de", "es"]}},
         max_lookahead_ms=480,
         decoder="ctc",
         endpoint_silence_ms=500,
+        latency="low-medium",
+        glossary={"graphics card": {"de": "Grafikkarte"}},
     )
-    assert server.parse_message(text) == SessionConfig(AudioFormat("f32le", 8_000, 2), 480, "ctc", 500)
+    assert server.parse_message(text) == SessionConfig(
+        AudioFormat("f32le", 8_000, 2),
+        480,
+        "ctc",
+        500,
+        languages=("es", "de"),
+        latency="low-medium",
+        glossary={"graphics card": {"de": "Grafikkarte"}},
+    )
+    for output in ({"language": "es"}, {"languages": ["es"]}, {"language": "es", "languages": None}):
+        message = server.parse_message(update(audio={"output": output}))
+        assert isinstance(message, SessionConfig)
+        assert message.languages == ("es",)
     defaults = SessionConfig(AudioFormat(sample_rate_hz=24_000))
-    for empty in ('{"type": "session.update"}', update(), update(audio=None), update(audio={"input": {}})):
+    nothing = {"audio": {"output": {"languages": []}}, "latency": None, "glossary": None}
+    for empty in (
+        '{"type": "session.update"}',
+        update(),
+        update(audio=None),
+        update(audio={"input": {}}),
+        update(**nothing),
+    ):
         assert server.parse_message(empty) == defaults
 
 
@@ -485,7 +556,7 @@ def test_settings_of_a_session() -> None:
         ('{"type": "session.close", "now": 1}', "unknown_field", "'now'"),
         ('{"type": "session.input_audio_buffer.append", "audio": 5}', "invalid_value", "audio"),
         ('{"type": "session.input_audio_buffer.append", "audio": "é"}', "invalid_value", "base64"),
-        (update(latency="low"), "unknown_field", "session has no field 'latency'"),
+        (update(colour="red"), "unknown_field", "session has no field 'colour'"),
         (update(audio={"input": {"rate": 1}}), "unknown_field", "session.audio.input has no field 'rate'"),
         (update(audio=[1]), "invalid_value", "session.audio is"),
         (update(audio={"input": {"format": {"rate": "16000"}}}), "invalid_value", "format.rate"),
@@ -494,8 +565,16 @@ def test_settings_of_a_session() -> None:
         (update(audio={"input": {"format": {"channels": 9}}}), "unsupported_channels", "9"),
         (update(audio={"input": {"format": {"encoding": "x"}}}), "unsupported_encoding", "x"),
         (update(audio={"input": {"format": {"type": "audio/pcmu"}}}), "unsupported_encoding", "audio/pcmu"),
-        (update(audio={"output": {"languages": ["es"]}}), "unsupported_language", "translate"),
-        (update(audio={"output": {"language": "es"}}), "unsupported_language", "translate"),
+        (update(audio={"output": {"languages": "es"}}), "invalid_value", "session.audio.output.languages is 'es'"),
+        (update(audio={"output": {"languages": [["es"]]}}), "invalid_value", "it must be a list of languages"),
+        (update(audio={"output": {"language": ["es"]}}), "invalid_value", "session.audio.output.language is"),
+        (update(audio={"output": {"language": "es", "languages": ["de"]}}), "invalid_value", "send one of them"),
+        (update(audio={"output": {"voice": "x"}}), "unknown_field", "session.audio.output has no field 'voice'"),
+        (update(latency=2), "invalid_value", "session.latency is 2"),
+        (update(latency="slow"), "unsupported_latency", "choose one of low, low-medium, medium, medium-high, high"),
+        (update(glossary=["firmware"]), "bad_glossary", "it is an object of terms"),
+        (update(glossary={"firmware": "es"}), "bad_glossary", "'firmware' has to be an object of languages"),
+        (update(glossary={"firmware": {"es": 1}}), "bad_glossary", "needs terms of 1 to 8 words, not 1"),
         (update(max_lookahead_ms=1.5), "invalid_value", "session.max_lookahead_ms"),
         (update(**{"x" * 1000: 1}), "unknown_field", "xxx..."),
     ],

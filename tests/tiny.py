@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from pathlib import Path
 
 import sentencepiece
 import torch
@@ -13,7 +14,7 @@ from models.llm import Llm
 from models.llm_config import LlmConfig
 from models.recognizer import Recognizer, RecognizerNet
 from models.tokenizer import SentencePieceTokenizer
-from models.translator import END_OF_READ, END_OF_WRITE, LATENCIES, TranslationConfig, Translator
+from models.translator import END_OF_READ, END_OF_WRITE, LATENCIES, TranslationConfig, Translator, save_translator
 
 PIECES = 64
 
@@ -82,8 +83,7 @@ def translation_tokenizer() -> bytes:
     return model.getvalue()
 
 
-@cache
-def translator(seed: int = 0, *, max_context_tokens: int = 512) -> Translator:
+def translation_llm(seed: int = 0) -> Llm:
     """Random weights of which about every third word leads to a write, and a write has some tokens or many."""
     tokenizer = SentencePieceTokenizer(translation_tokenizer())
     torch.manual_seed(seed)
@@ -97,4 +97,19 @@ def translator(seed: int = 0, *, max_context_tokens: int = 512) -> Translator:
         assert llm.lm_head is not None
         for symbol in (END_OF_READ, END_OF_WRITE):
             llm.lm_head.weight[tokenizer.id_of(symbol)] *= 5.0
-    return Translator(llm.freeze(), tokenizer, TranslationConfig(max_context_tokens=max_context_tokens), name="tiny")
+    return llm
+
+
+@cache
+def translator(seed: int = 0, *, max_context_tokens: int = 512) -> Translator:
+    """A frozen tiny model that interprets, with its tokenizer."""
+    config = TranslationConfig(max_context_tokens=max_context_tokens)
+    tokenizer = SentencePieceTokenizer(translation_tokenizer())
+    return Translator(translation_llm(seed).freeze(), tokenizer, config, name="tiny")
+
+
+def save_tiny_translator(folder: Path, seed: int = 0) -> Path:
+    """The folder of what :func:`translator` gives."""
+    llm = translation_llm(seed)
+    save_translator(folder, llm.config, llm.state_dict(), translation_tokenizer(), TranslationConfig())
+    return folder

@@ -17,8 +17,9 @@ from typer.testing import CliRunner, Result
 
 import client.transcribe
 import models.checkpoint
+import models.translator
 from client.cli import app
-from tests.fakes import FakeRecognizer, FakeSession, fake_tick, tone
+from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, tone
 
 ROOT = Path(__file__).parents[2]
 runner = CliRunner()
@@ -29,6 +30,7 @@ def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.transcribe, "Session", FakeSession)
     monkeypatch.setattr(client.transcribe, "tick", fake_tick)
     monkeypatch.setattr(models.checkpoint, "load_recognizer", lambda path, **_: FakeRecognizer())
+    monkeypatch.setattr(models.translator, "load_translator", lambda path, **_: FakeTranslator())
 
 
 @pytest.fixture
@@ -84,6 +86,53 @@ def test_subtitles(wav: Callable[..., str], tmp_path: Path) -> None:
     result = transcribe("--format", "srt", path, other, "--output", str(tmp_path / "out"))
     assert (result.exit_code, result.stdout) == (0, "")
     assert (tmp_path / "out" / "a.srt").read_text() == srt
+
+
+def test_translation(wav: Callable[..., str], tmp_path: Path) -> None:
+    path = wav("a.wav", 0.2, 0.4, 0, 0.6)
+    result = transcribe(path, "--to", "es")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "es20 es40 es60\n", "")
+    assert transcribe(path, "--to", "es, de").stdout.startswith("w20\n    es  es20\n    de  de20\nw40\n    es  es40\n")
+    srt = "1\n00:00:00,000 --> 00:00:01,000\nfr20 fr40\n\n2\n00:00:01,200 --> 00:00:02,200\nfr60\n\n"
+    assert transcribe(path, "--to", "fr", "--format", "srt").stdout == srt
+    assert transcribe(path, "--to", "fr,es", "--format", "srt").exit_code == 2
+    result = transcribe(path, "--to", "fr,es", "--format", "srt", "--output", str(tmp_path / "out"))
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.es.srt", "a.fr.srt", "a.srt"]
+    assert (tmp_path / "out" / "a.fr.srt").read_text() == srt
+    events = [json.loads(line) for line in transcribe("--to", "es", "--format", "jsonl", path).stdout.splitlines()]
+    assert [event["delta"] for event in events if event.get("language") == "es"] == [" es20", " es40", "", " es60"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--to", "xx"], "cannot 'xx'; it knows es, de, fr"),
+        (["--to", "es", "--latency", "slow"], "latency is 'slow'; choose one of low, "),
+        (["--to", "es,"], "--to has an empty language"),
+        (["--to", "es", "--glossary", "none.tsv"], "none.tsv: there is no such file"),
+    ],
+)
+def test_a_translation_that_cannot_be_is_told_once(
+    wav: Callable[..., str], arguments: list[str], sentence: str
+) -> None:
+    result = transcribe(wav("a.wav", 0.2), wav("b.wav", 0.2), *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(rf"dragoman: [^\n]*{re.escape(sentence)}[^\n]*\n", result.stderr)
+
+
+def test_a_translator_that_is_not_there(
+    wav: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(models.checkpoint, "load_recognizer", lambda path, **_: FakeRecognizer())
+    monkeypatch.setattr(models.translator, "EMBEDDED_TRANSLATOR", tmp_path / "none")
+    result = transcribe(wav("a.wav", 0.2), "--to", "es")
+    assert result.exit_code == 2
+    assert re.fullmatch(r"dragoman: [^\n]*--translator[^\n]*\n", result.stderr)
+    result = transcribe(wav("a.wav", 0.2), "--to", "es", "--translator", str(tmp_path))
+    assert result.exit_code == 2
+    assert re.fullmatch(r"dragoman: [^\n]*config\.json[^\n]*\n", result.stderr)
 
 
 def test_bad_files_are_told_in_a_sentence_each_and_the_others_transcribed(
@@ -164,7 +213,7 @@ def test_help_is_quick_and_names_units() -> None:
     )
     assert time.monotonic() - started_s < 10
     assert helped.returncode == 0
-    for command in ("transcribe", "serve", "live", "eval", "models"):
+    for command in ("transcribe", "translate", "serve", "live", "eval", "models"):
         assert command in helped.stdout
     for heavy in ("torch", "numpy", "av", "websockets", "jiwer", "matplotlib"):
         assert f"| {heavy}\n" not in helped.stderr, f"{heavy} is imported for --help"
@@ -172,9 +221,10 @@ def test_help_is_quick_and_names_units() -> None:
 
 # The command with the fake session, as a program of its own.
 PROGRAM = (
-    "import client.transcribe as t, models.checkpoint as c\n"
-    "from tests.fakes import FakeSession, fake_tick\n"
+    "import client.transcribe as t, models.checkpoint as c, models.translator as m\n"
+    "from tests.fakes import FakeSession, FakeTranslator, fake_tick\n"
     "t.Session, t.tick, c.load_recognizer = FakeSession, fake_tick, lambda path, **_: None\n"
+    "m.load_translator = lambda path, **_: FakeTranslator()\n"
     "from client.cli import app; app()\n"
 )
 
@@ -199,6 +249,20 @@ def test_on_a_terminal_words_and_speed_share_the_screen(wav: Callable[..., str])
     lines = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode().replace("\r", "\n").split("\n")
     assert " ".join(["w20"] * 15) in lines, "a full line of the screen, broken between words"
     assert any("0:00:24/0:00:24" in line and "x real time" in line for line in lines)
+
+
+def test_on_a_terminal_the_translation_stands_under_the_words(wav: Callable[..., str]) -> None:
+    screen, terminal = pty.openpty()
+    process = start("transcribe", wav("a.wav", 0.2, 0.4), "--to", "es", stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(screen, 4096):
+            shown += piece
+    os.close(screen)
+    assert process.wait() == 0
+    lines = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode().replace("\r", "\n").split("\n")
+    assert [line for line in lines if re.match(r"w|    es", line)] == ["w20", "    es  es20", "w40", "    es  es40"]
 
 
 def test_a_progress_bar_on_the_terminal_leaves_piped_results_alone(wav: Callable[..., str]) -> None:

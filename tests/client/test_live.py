@@ -16,7 +16,7 @@ from client.files import AudioFile
 from client.live import stream
 from client.output import OutputFormat, make_writer
 from streaming.errors import DragomanError
-from tests.fakes import FakeSession, fake_tick, running_service, tone
+from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
 
 LEVELS = [0.2, 0.4, 0.6]  # 1.2 s
 TEXT = "w20 w40 w60\n"
@@ -56,6 +56,19 @@ async def test_json_lines(recording: Callable[..., AudioFile], capsys: pytest.Ca
     assert [event["type"] for event in events[:2]] == ["session.created", "session.updated"]
     assert [event["seq"] for event in events] == list(range(6))
     assert {event["file"] for event in events} == {"a.wav"}
+
+
+async def test_translations_come_back(recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]) -> None:
+    session = {"audio": {"output": {"languages": ("es", "de")}}, "latency": "low", "glossary": {"w20": {"es": "x"}}}
+    async with running_service(translator=FakeTranslator()) as url:
+        for languages in (["es"], ["es", "de"]):
+            writer = make_writer(OutputFormat.TXT, "a.wav", languages)
+            await stream(recording(), url, writer, pace=None, session=session)
+        assert (await failure(url, recording(), session={"audio": {"output": {"language": "xx"}}})).code == (
+            "unsupported_language"
+        )
+    told = "w20\n    es  es20\n    de  de20\nw40\n    es  es40\n    de  de40\nw60\n    es  es60\n    de  de60\n"
+    assert capsys.readouterr().out == f"es20 es40 es60\n{told}"
 
 
 @pytest.mark.parametrize(("pace", "least_s", "most_s"), [(4.0, 0.3, 1.1), (1.0, 1.2, 5.0)])

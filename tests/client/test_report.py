@@ -14,11 +14,23 @@ import numpy as np
 import pytest
 
 from client.evaluate import Delay, Replay, Score, WordErrors
-from client.report import Conditions, curve_points, draw_curve, json_report, markdown_table, require_curve
+from client.evaluate_translation import Quality, TranslationScore
+from client.latency import Lagging
+from client.report import (
+    Conditions,
+    curve_points,
+    draw_curve,
+    json_report,
+    markdown_table,
+    print_translations,
+    require_curve,
+    translation_points,
+    translation_table,
+)
 from streaming.errors import DragomanError
 
 LIVE = Replay(2, 8.0, 0.1, Delay(9, 2, 150.0, 400.0, 200.0), Delay(9, 2, 160.5, 420.5, 215.5))
-CONDITIONS = Conditions({"manifests": [Path("dev.jsonl")]}, "tiny", 2, (0.5, 0.4, 0.3), (1.5, 0.6, 0.4))
+CONDITIONS = Conditions({"manifests": [Path("dev.jsonl")]}, "tiny", "es-tiny", 2, (0.5, 0.4, 0.3), (1.5, 0.6, 0.4))
 
 
 def a_score(lookahead_ms: int, mean_ms: float | None, wer: float | None, **other: object) -> Score:
@@ -40,9 +52,33 @@ SCORES = [
 ]
 
 
+def a_translation(latency: str, laal: float | None, bleu: float | None, **other: object) -> TranslationScore:
+    lag = Lagging() if laal is None else Lagging(laal - 0.5, laal, None, laal + 1, 0.5)
+    quality = None if bleu is None else Quality(bleu, bleu + 20, "nrefs:var|tok:13a", "nrefs:var|nc:6")
+    fields = {"manifest": "dev", "medium": "text", "language": "es", "recognition": None, "delay": None, "live": None}
+    return TranslationScore(
+        latency=latency, segments=4, left_out=1, quality=quality, quality_from_text=None, lag_words=lag,
+        lag_ms=Lagging(laal=None if laal is None else 400 * laal), erasure=0.0, **{**fields, **other},
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+TRANSLATIONS = [
+    a_translation("high", 6.0, 33.0),
+    a_translation("low", 2.0, 25.0),
+    a_translation("low", 2.5, 18.0, language="de", manifest="talks", medium="speech", recognition="rnnt, 480 ms"),
+    a_translation("medium", None, 30.0),
+    a_translation("medium", None, None, language="fr"),
+]
+
+
 def test_the_json_report_has_what_it_promises() -> None:
-    report = json.loads(json_report(SCORES, CONDITIONS))
-    assert list(report) == ["command", "model", "normaliser", "versions", "machine", "scores"]
+    report = json.loads(json_report(SCORES, CONDITIONS, TRANSLATIONS))
+    assert list(report) == [
+        *("command", "model", "translator", "normaliser", "versions", "machine", "scores", "translations")
+    ]
+    assert report["translator"] == "es-tiny"
+    assert report["translations"][1]["lag_words"] == {"al": 1.5, "laal": 2.0, "yaal": None, "dal": 3.0, "ap": 0.5}
+    assert report["translations"][2]["recognition"] == "rnnt, 480 ms"
     assert report["command"] == {"manifests": ["dev.jsonl"]}
     assert report["model"] == "tiny"
     assert report["normaliser"] == "client.normalize.normalize_transcript"
@@ -68,6 +104,28 @@ def test_the_table_of_a_card() -> None:
     assert rows[5].endswith("| 40.0 % | – / – |")
     assert len({row.count("|") for row in rows}) == 1
     assert len(re.findall(r"\| (?:rnnt|ctc) \| \d+ ms \| [\d.]+ % \|", "\n".join(rows))) == 5
+
+
+def test_the_table_of_translations() -> None:
+    rows = translation_table(TRANSLATIONS).splitlines()
+    assert rows[3] == "| dev | es | low | 4 | 25.0 | 45.0 | 1.5 / 2.0 / 3.0 / – | 800 |"
+    assert rows[6] == "| dev | fr | medium | 4 | – | – | – / – / – / – | – |"
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_the_printed_table_of_translations(capsys: pytest.CaptureFixture[str]) -> None:
+    print_translations(TRANSLATIONS, CONDITIONS)
+    shown = capsys.readouterr().out
+    assert "1.5/2.0/3.0/–" in shown
+    assert shown.count("nrefs:var|tok:13a") == 1
+    assert "threads: 2" in shown
+
+
+def test_the_points_of_a_curve_of_translations() -> None:
+    assert translation_points(TRANSLATIONS) == {
+        "dev, es": [(2.0, 25.0, "low"), (6.0, 33.0, "high")],
+        "talks, de": [(2.5, 18.0, "low")],
+    }
 
 
 def test_the_points_of_a_curve() -> None:
@@ -97,6 +155,11 @@ def test_a_curve_as_svg(tmp_path: Path) -> None:
     assert root.tag.endswith("svg")
     assert len(list(root.iter())) > 100
     draw_curve([], "tiny", file)  # nothing to show is no error
+    draw_curve(SCORES, "tiny", file, TRANSLATIONS)
+    text = file.read_text()
+    assert "average lagging" in text and "word error rate" in text
+    draw_curve([], "tiny", file, TRANSLATIONS)
+    assert "word error rate" not in file.read_text()
 
 
 def test_a_curve_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

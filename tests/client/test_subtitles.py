@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.output import OutputFormat, make_writer
-from client.subtitles import MAX_LINE_CHARACTERS, Cue, CueMaker, srt_cue, vtt_cue
-from streaming.events import SessionClosed, TranscriptDelta, Word
+from client.subtitles import MAX_LINE_CHARACTERS, Cue, CueMaker, spread, srt_cue, vtt_cue
+from streaming.events import SessionClosed, TranscriptDelta, TranslationDelta, Word
 
 
 def delta(*words: tuple[str, int, int], endpoint: bool = False) -> TranscriptDelta:
@@ -62,6 +62,51 @@ def test_a_long_cue_is_given_at_its_endpoint_and_a_short_one_when_the_next_begin
     assert maker.push(delta(("long", 0, 1000), endpoint=True)) == [Cue(0, 1000, ("long",))]
     assert maker.push(delta(("short", 2000, 2100), endpoint=True)) == []
     assert maker.push(delta(("next", 8000, 8100))) == [Cue(2000, 3000, ("short",))]
+
+
+def translated(text: str, start_ms: int, end_ms: int, endpoint: bool = False) -> TranslationDelta:
+    return TranslationDelta(0, text, "es", (0, 0), endpoint, start_ms, end_ms, end_ms)
+
+
+def test_a_translation_is_spread_over_the_time_of_its_source() -> None:
+    words = spread(translated(" aa bbbb  cc", 1000, 2600))
+    assert [(word.word, word.start_ms, word.end_ms) for word in words] == [
+        ("aa", 1000, 1400),
+        ("bbbb", 1400, 2200),
+        ("cc", 2200, 2600),
+    ]
+    assert spread(translated("", 0, 1000)) == spread(translated(" ", 0, 1000)) == []
+
+
+def test_cues_of_a_translation() -> None:
+    maker = CueMaker()
+    deltas = [
+        translated("pregunta no lo que tu país", 0, 2000),
+        translated(" puede hacer", 2000, 3000),
+        translated("", 2000, 3000, endpoint=True),  # nothing was left to say
+        translated(" pregunta", 4000, 4500, endpoint=True),
+    ]
+    assert [cue for one in deltas for cue in maker.push(one)] + maker.finish() == [
+        Cue(0, 3000, ("pregunta no lo que tu país puede hacer",)),
+        Cue(4000, 5000, ("pregunta",)),
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("ab ", max_size=30), st.integers(0, 2000), st.integers(0, 3000), st.booleans()), max_size=8
+    )
+)
+def test_cues_of_translations_keep_the_rules(raw: list[tuple[str, int, int, bool]]) -> None:
+    maker, result, now_ms = CueMaker(), [], 0
+    for text, gap_ms, length_ms, endpoint in raw:
+        result += maker.push(translated(text, now_ms + gap_ms, now_ms + gap_ms + length_ms, endpoint))
+        now_ms += gap_ms + length_ms
+    result += maker.finish()
+    said = [word for text, *_ in raw for word in text.split()]
+    assert [word for cue in result for line in cue.lines for word in line.split()] == said
+    assert all(cue.start_ms < cue.end_ms for cue in result)
+    assert all(one.end_ms <= other.start_ms for one, other in pairwise(result))
 
 
 def test_a_word_longer_than_a_line_is_kept_whole() -> None:
