@@ -286,7 +286,12 @@ class Llm(nn.Module):
         c, (B, H, T, D) = self.config, query.shape
         scale = D**-0.5 if c.query_scale is None else c.query_scale
         if mask is None and T > 1:
-            mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+            if query.requires_grad and query.device.type == "cpu":
+                mixed = _causal_attention(query, keys, values, scale)
+            else:
+                mixed = F.scaled_dot_product_attention(
+                    query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+                )
         else:
             # A group's queries stand as further tokens of their one key head, so that no key is read twice.
             folded = query.reshape(B, c.n_kv_heads, -1, D)
@@ -351,6 +356,16 @@ def _appended(memory: Tensor, keys: Tensor, values: Tensor, shape: StepShape) ->
         rows, slots = shape.slots
         memory[0][rows, :, slots], memory[1][rows, :, slots] = keys.transpose(1, 2), values.transpose(1, 2)
     return memory[0, :, :, : shape.keys], memory[1, :, :, : shape.keys]
+
+
+def _causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """What PyTorch's fused attention computes; its gradient takes a CPU several times as long for short sequences."""
+    B, H, T, D = query.shape
+    folded = query.reshape(B, keys.shape[1], -1, D) * scale
+    scores = (folded @ keys.transpose(2, 3)).view(B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=query.device).triu(1)
+    weights = torch.softmax(scores.masked_fill(future, -torch.inf), -1).to(values.dtype)
+    return (weights.view(B, keys.shape[1], -1, T) @ values).view(B, H, T, D)
 
 
 def _capped_attention(

@@ -1,0 +1,1 @@
+"""The recipe of the embedded translator: from sentence pairs to a model that reads and writes in one sequence."""
