@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: Log-mel of speech is about -11 ± 4 without normalisation; the first convolution starts out undoing that.
 MEL_MEAN, MEL_SCALE = -11.0, 4.0
+#: Look-aheads of a model without gates; every one's chunk divides the left context.
+CHUNK_LOOKAHEADS = (6, 3, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Recipe:
         coldest: Temperature at which training sees nearly the hard gates of inference.
         capped_share: Share of the utterances under a cap on the reach, drawn evenly from 0 … ``largest_cap``.
         largest_cap: Frames.
+        chunked_share: Of a model with gates, the share of the utterances that are encoded in chunks all the same, so
+            that one set of weights can be compared with itself.
         freq_masks, freq_width: SpecAugment in mel bins (Park et al. 2019).
         time_masks, time_share: SpecAugment in time, each at most this share of the utterance.
     """
@@ -109,6 +113,7 @@ class Recipe:
     coldest: float = 0.1
     capped_share: float = 0.4
     largest_cap: int = 14
+    chunked_share: float = 0.0
     freq_masks: int = 2
     freq_width: int = 16
     time_masks: int = 2
@@ -127,7 +132,7 @@ def small_model_config(gates: int = 0, width: int = 256, lookaheads: Sequence[in
         subsampling_conv_channels=64,
         xscaling=False,
         left_context_frames=56,
-        lookahead_frames=tuple(lookaheads) or ((12, 6, 3, 1, 0) if gates else (6, 3, 1, 0)),
+        lookahead_frames=tuple(lookaheads) or ((12, *CHUNK_LOOKAHEADS) if gates else CHUNK_LOOKAHEADS),
         gate_frames=gates,
     )
     decoder = DecoderConfig(vocab_size=256, pred_hidden=256, joint_hidden=256)
@@ -238,19 +243,34 @@ class Trainer:
 
     def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor]:
         """Encoder frames, and the reach of each, soft in an adaptive model: ``float[B, T]``."""
+        if not self.net.encoder.config.adaptive:
+            return self._encode_chunks(mel, slots, self.net.encoder.config.lookahead_frames, easy=easy)
+        chunked = torch.rand(len(mel)) < self.recipe.chunked_share
+        parts = []
+        if chunked.any():
+            parts.append(self._encode_chunks(mel[chunked], slots[chunked], CHUNK_LOOKAHEADS, easy=easy))
+        if not chunked.all():
+            parts.append(self._encode_adaptive(mel[~chunked], slots[~chunked], easy=easy))
+        order = torch.cat([chunked.nonzero()[:, 0], (~chunked).nonzero()[:, 0]]).argsort()
+        encoded, reach = (torch.cat(both)[order] for both in zip(*parts, strict=True))
+        return encoded, reach
+
+    def _encode_adaptive(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor]:
         recipe, encoder, B = self.recipe, self.net.encoder, len(mel)
-        if encoder.config.adaptive:
-            caps = torch.full((B,), encoder.config.n_layers * encoder.config.gate_frames)
-            if not easy:
-                capped = torch.rand(B) < recipe.capped_share
-                caps = torch.where(capped, torch.randint(recipe.largest_cap + 1, (B,)), caps)
-            temperature = recipe.coldest ** self._hardness()
-            whole = encode_whole(encoder, mel, slots=slots, max_lookahead_frames=caps, temperature=temperature)
-            return whole.encoded, whole.soft_reach
-        lookaheads = encoder.config.lookahead_frames
+        caps = torch.full((B,), encoder.config.n_layers * encoder.config.gate_frames)
+        if not easy:
+            capped = torch.rand(B) < recipe.capped_share
+            caps = torch.where(capped, torch.randint(recipe.largest_cap + 1, (B,)), caps)
+        temperature = recipe.coldest ** self._hardness()
+        whole = encode_whole(encoder, mel, slots=slots, max_lookahead_frames=caps, temperature=temperature)
+        return whole.encoded, whole.soft_reach
+
+    def _encode_chunks(
+        self, mel: Tensor, slots: Tensor, lookaheads: Sequence[int], *, easy: bool
+    ) -> tuple[Tensor, Tensor]:
         chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
-        chunk_frames = chunks[torch.randint(len(chunks), (B,))]
-        encoded, _ = encoder.step(mel, None, slots=slots, chunk_frames=chunk_frames)
+        chunk_frames = chunks[torch.randint(len(chunks), (len(mel),))]
+        encoded, _ = self.net.encoder.step(mel, None, slots=slots, chunk_frames=chunk_frames)
         frame, chunk = torch.arange(encoded.shape[1]), chunk_frames[:, None]
         last = -(-slots // SUBSAMPLING_FACTOR)[:, None] - 1
         return encoded, torch.minimum(frame // chunk * chunk + chunk - 1, last).float().to(self.device)
@@ -412,6 +432,7 @@ def run(
         list[int] | None, typer.Option(help="Look-aheads of a model for comparison; may be given several times.")
     ] = None,
     latency_weight: Annotated[float, typer.Option(help="Nats that a frame of delay costs where a word is told.")] = 0.0,
+    chunked_share: Annotated[float, typer.Option(help="Share of utterances encoded in chunks; with gates.")] = 0.0,
     hardening_steps: Annotated[int, typer.Option(help="Steps in which gates become hard; with gates.")] = 3000,
     threads: int = 2,
     device: str = "cpu",
@@ -424,7 +445,7 @@ def run(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:  # several processes under torchrun
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    recipe = Recipe(latency_weight=latency_weight, hardening_steps=hardening_steps)
+    recipe = Recipe(latency_weight=latency_weight, hardening_steps=hardening_steps, chunked_share=chunked_share)
     config = small_model_config(gates, width, lookahead_frames or ())
     trainer = Trainer(config, recipe, device, autocast=bf16, telling=word_beginnings(tokenizer))
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,17 @@ from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
 from training.asr.export import CURVE, SCORES_MARK, export, run_export
-from training.asr.train import Recipe, Trainer, _validate, flat_alignment, lr_scale, run, spec_augment, word_beginnings
+from training.asr.train import (
+    CHUNK_LOOKAHEADS,
+    Recipe,
+    Trainer,
+    _validate,
+    flat_alignment,
+    lr_scale,
+    run,
+    spec_augment,
+    word_beginnings,
+)
 
 RECIPE = Recipe(easy_steps=0, flat_steps=5, rnnt_from_step=5, warmup_steps=1, peak_lr=3e-3)
 
@@ -108,6 +118,25 @@ def test_the_reach_of_chunks_is_their_last_frame() -> None:
     chunk, frames = 7, -(-int(data.slots[0]) // 8)
     expected = [min(t // chunk * chunk + chunk - 1, frames - 1) for t in range(frames)]
     assert reach[0, :frames].tolist() == expected
+
+
+def test_a_share_of_the_rows_is_encoded_in_chunks_and_none_changes_place() -> None:
+    recipe = dataclasses.replace(RECIPE, chunked_share=0.5, capped_share=0.0)
+    learner, data = Trainer(tiny.config(gates=2), recipe, "cpu", autocast=False), batch(6)
+    learner.net.eval()
+    torch.manual_seed(3)
+    encoded, reach = learner._encode(data.mel, data.slots, easy=False)
+    kinds = set()
+    for row in range(6):
+        mel, slots = data.mel[row : row + 1], data.slots[row : row + 1]
+        own = {"adaptive": learner._encode_adaptive(mel, slots, easy=False)}
+        for lookahead in CHUNK_LOOKAHEADS:
+            own[f"{lookahead}"] = learner._encode_chunks(mel, slots, (lookahead,), easy=False)
+        matching = [kind for kind, (x, _) in own.items() if torch.allclose(x[0], encoded[row], atol=1e-5)]
+        assert len(matching) == 1
+        torch.testing.assert_close(own[matching[0]][1][0], reach[row])
+        kinds.add(matching[0] == "adaptive")
+    assert kinds == {True, False}
 
 
 def test_pieces_that_begin_a_word(tmp_path: Path) -> None:
