@@ -124,7 +124,7 @@ def test_a_share_of_the_rows_is_encoded_in_chunks_and_none_changes_place() -> No
     recipe = dataclasses.replace(RECIPE, chunked_share=0.5, capped_share=0.0)
     learner, data = Trainer(tiny.config(gates=2), recipe, "cpu", autocast=False), batch(6)
     learner.net.eval()
-    torch.manual_seed(3)
+    torch.manual_seed(1)
     encoded, reach = learner._encode(data.mel, data.slots, easy=False)
     kinds = set()
     for row in range(6):
