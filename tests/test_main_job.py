@@ -1,4 +1,4 @@
-"""Audio in, transcript out, with the real session and a small random model: from files and over a socket."""
+"""Audio in, transcript and translation out, with the real session and small random models: files, socket, text."""
 
 import asyncio
 import json
@@ -20,9 +20,11 @@ from websockets.exceptions import ConnectionClosedError
 from client.cli import app
 from models.checkpoint import save_checkpoint
 from models.recognizer import Recognizer
+from models.translator import Translator
 from streaming.audio import AudioFormat, Samples
-from streaming.events import Event, TranscriptDelta
+from streaming.events import Event, TranscriptDelta, TranslationDelta
 from streaming.session import Session, SessionConfig
+from streaming.text_session import TextSession
 from tests import tiny
 from tests.fakes import running_service
 
@@ -39,8 +41,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def translator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random translator."""
+    return tiny.save_tiny_translator(tmp_path_factory.mktemp("translator"), seed=2)
+
+
+@pytest.fixture(scope="module")
 def recognizer() -> Recognizer:
     return tiny.recognizer()
+
+
+@pytest.fixture(scope="module")
+def translator() -> Translator:
+    return tiny.translator(2)
 
 
 def sound(seconds: float, seed: int = 0, rate_hz: int = 16_000, channels: int = 1) -> Samples:
@@ -55,9 +68,11 @@ def told(events: list[Event]) -> list[dict[str, Any]]:
     return [event.to_dict() for event in events]
 
 
-def alone(recognizer: Recognizer, samples: Samples, fmt: AudioFormat, **settings: Any) -> list[Event]:
+def alone(
+    recognizer: Recognizer, samples: Samples, fmt: AudioFormat, translator: Translator | None = None, **settings: Any
+) -> list[Event]:
     """What a session tells about the whole of the audio."""
-    session = Session(recognizer, SessionConfig(fmt, **settings))
+    session = Session(recognizer, SessionConfig(fmt, **settings), translator)
     return session.push(samples) + session.finish()
 
 
@@ -80,6 +95,32 @@ def test_files_in_a_batch_get_what_each_has_alone(
     assert (result.exit_code, result.stderr) == (0, "")
     assert [json.loads(line) for line in result.stdout.splitlines()] == expected
     assert sum("words" in event for event in expected) > 5, "the test is empty if nothing is said"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_translations_of_files_are_what_each_has_alone(
+    batch_size: int,
+    recognizer: Recognizer,
+    translator: Translator,
+    model: Path,
+    translator_folder: Path,
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {"languages": ("es", "de"), "latency": "low", "glossary": {"the": {"es": "hablante"}}}
+    expected, paths = [], []
+    for seed, (seconds, rate_hz) in enumerate([(6.0, 16_000), (2.0, 8_000), (4.0, 44_100)]):
+        samples = sound(seconds, seed, rate_hz)
+        paths.append(str(tmp_path / f"{seed}.wav"))
+        soundfile.write(paths[-1], samples, rate_hz, subtype="FLOAT")
+        events = alone(recognizer, samples, AudioFormat("f32le", rate_hz, 1), translator, **settings)
+        expected += [{**event, "file": paths[-1]} for event in told(events)]
+    (tmp_path / "terms.tsv").write_text("the\tes\thablante\n")
+    command = ["transcribe", "--model", str(model), "--translator", str(translator_folder), "--to", "es,de"]
+    command += ["--latency", "low", "--glossary", str(tmp_path / "terms.tsv"), "--batch-size", str(batch_size)]
+    result = runner.invoke(app, [*command, "--format", "jsonl", *paths])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [json.loads(line) for line in result.stdout.splitlines()] == expected
+    assert sum(event.get("language") == "es" for event in expected) > 5, "the test is empty if nothing is translated"
 
 
 def test_raw_pcm_is_the_same_as_a_file(model: Path, tmp_path: Path) -> None:
@@ -145,6 +186,35 @@ async def test_sessions_over_the_socket_get_what_each_has_alone(recognizer: Reco
     assert sum(map(len, expected)) > 3 * len(expected), "the test is empty if nothing is said"
 
 
+async def test_translations_over_the_socket_are_what_each_has_alone(
+    recognizer: Recognizer, translator: Translator
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {"languages": ("es",), "latency": "low"},
+        {"languages": ("de", "fr"), "latency": "medium", "glossary": {"the": {"de": "nada"}}},
+        {},
+        {"languages": ("es", "de"), "latency": "offline"},
+    ]
+    talks, expected = [], []
+    async with running_service(recognizer, translator) as url:
+        for seed, own in enumerate(settings):
+            audio = (sound(4 + seed, seed) * 32_767).astype("<i2")
+            events = alone(recognizer, audio, AudioFormat(), translator, **own)
+            expected.append([{**event, "seq": event["seq"] + 2} for event in told(events)])
+            fields = {key: value for key, value in own.items() if key != "languages"}
+            output = {"languages": own.get("languages", ())}
+            session = {"audio": {"input": {"format": {"rate": 16_000}}, "output": output}, **fields}
+            talks.append(over_the_socket(url, audio.tobytes(), session, 1_001 + 2_222 * seed))
+        assert await asyncio.gather(*talks) == expected
+    translated = [event for events in expected for event in events if event.get("language")]
+    assert len(translated) > 10, "the test is empty if nothing is translated"
+    for events in expected:  # a translation comes after its words
+        heard = 0
+        for event in events:
+            heard += len(event.get("words", ()))
+            assert event.get("source_words", [0, 0])[1] < max(1, heard)
+
+
 async def test_a_flush_in_mid_stream_tells_the_last_word_at_once(recognizer: Recognizer) -> None:
     audio = (sound(6) * 32_767).astype("<i2").tobytes()
     session = Session(recognizer, SessionConfig())
@@ -179,9 +249,10 @@ async def test_what_the_model_cannot_do(session: dict[str, Any], code: str, reco
 
 
 @pytest.fixture
-def service(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def service(model: Path, translator_folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`dragoman serve` as a process of its own, and its URL."""
     command = [sys.executable, "-m", "client.cli", "serve", "--port", "0", "--model", str(model)]
+    command += ["--translator", str(translator_folder)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = process.stderr.readline()
@@ -192,19 +263,38 @@ def service(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.communicate()
 
 
-def test_serve_and_live_as_programs(service: tuple[subprocess.Popen[str], str], model: Path, tmp_path: Path) -> None:
+def test_text_as_a_program(translator_folder: Path, translator: Translator, tmp_path: Path) -> None:
+    lines = ["the speaker is still talking", "", "nothing once shown"]
+    run = [sys.executable, "-m", "client.cli", "translate", "--translator", str(translator_folder), "--to", "es"]
+    result = subprocess.run(run, cwd=ROOT, input="\n".join(lines), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = []
+    for line in lines:
+        session = TextSession(translator, ["es"])
+        events = [event for word in line.split() for event in session.push(word)] + session.finish()
+        expected.append("".join(event.delta for event in events if isinstance(event, TranslationDelta)))
+    assert result.stdout == "".join(f"{text}\n" for text in expected)
+    assert any(expected)
+
+
+def test_serve_and_live_as_programs(
+    service: tuple[subprocess.Popen[str], str], model: Path, translator_folder: Path, tmp_path: Path
+) -> None:
     process, url = service
     samples = np.round(sound(5) * 32_767).astype("<i2")
     soundfile.write(tmp_path / "a.wav", samples, 16_000)
     run = [sys.executable, "-m", "client.cli"]
-    transcribe = [*run, "transcribe", "--model", str(model), str(tmp_path / "a.wav")]
+    to = ["--to", "es,de", "--latency", "low"]
+    transcribe = [*run, "transcribe", "--model", str(model), "--translator", str(translator_folder), *to]
+    transcribe += [str(tmp_path / "a.wav")]
     from_file = subprocess.run(transcribe, cwd=ROOT, capture_output=True, text=True)
-    live = [*run, "live", str(tmp_path / "a.wav"), "--url", url, "--pace", "20"]
+    live = [*run, "live", str(tmp_path / "a.wav"), "--url", url, "--pace", "20", *to]
     from_service = subprocess.run(live, cwd=ROOT, capture_output=True, text=True)
     assert (from_file.returncode, from_file.stderr) == (0, "")
     assert (from_service.returncode, from_service.stderr) == (0, "")
     assert from_service.stdout == from_file.stdout
     assert len(from_file.stdout) > 20
+    assert "\n    es  " in from_file.stdout
     serve = [*run, "serve", "--model", str(model), "--port", url.split(":")[2].partition("/")[0]]
     second = subprocess.run(serve, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 2
