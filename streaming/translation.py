@@ -17,6 +17,8 @@ reading word by word, and no row's depends on the others.
 - *Context is bounded*: when a row's tokens exceed the model's ``max_context_tokens``, its oldest chunks leave the cache
   until three quarters are left, and the prompt moves up to them, so that the sequence looks to the model as a shorter
   one does. If no chunk may stay, the row begins anew.
+- *A row that is stuck*, because :data:`STUCK_CHUNKS` chunks in a row said the same, or nothing, upon words that were
+  not the same, begins anew too: what it has written must not be what it goes on writing.
 - *Glossary*: a term is due in the chunk in which its last word was read. If the finished chunk does not have it, the
   write goes back to the place at which the term costs the model least, takes it as if the model had written it, and
   goes on from there. Places are those at which the model itself began a word, or ended; the cost of a place is how much
@@ -46,6 +48,8 @@ MAX_WORDS_PER_FORWARD = 8
 MAX_WRITE_TOKENS = 256
 #: Positions beyond this one are not exact enough; a row that gets here begins anew with its next chunk.
 MAX_POSITION = 1 << 17
+#: Chunks that say the same upon different words before their row begins anew.
+STUCK_CHUNKS = 3
 #: The longest repetition that counts as a loop, in tokens.
 MAX_LOOP_PERIOD = 16
 
@@ -133,6 +137,7 @@ class Row:
         words: How many words have been read in all.
         before: Keys of the last words before ``read``.
         pairs: Tokens of each finished chunk that is still in the context, oldest first.
+        recent: What the last of them read and wrote, at most :data:`STUCK_CHUNKS`.
         write: The open write; None while the row reads.
         begun: Whether it has shown anything.
     """
@@ -145,6 +150,7 @@ class Row:
     words: int = 0
     before: tuple[str, ...] = ()
     pairs: tuple[int, ...] = ()
+    recent: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     write: OpenWrite | None = None
     begun: bool = False
 
@@ -152,6 +158,12 @@ class Row:
     def busy(self) -> bool:
         """Whether a forward would advance it."""
         return bool(self.queue) or self.write is not None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the last chunks said the same upon different words."""
+        sources, targets = ({chunk[side] for chunk in self.recent} for side in (0, 1))
+        return len(self.recent) == STUCK_CHUNKS and len(targets) == 1 and len(sources) > 1
 
     @property
     def context(self) -> int:
@@ -460,9 +472,11 @@ class Interleaved:
         delta = text if row.begun else text.lstrip(" ")
         first_word = row.words - len(row.read)
         chunk = TranslatedChunk(0, row.direction.target, delta, ids, first_word, row.words - 1, write.closes)
+        source = tuple(token for word in row.read for token in word.ids)
         row = replace(
             row,
             read=(),
+            recent=(*row.recent, (source, ids))[-STUCK_CHUNKS:],
             before=(row.before + tuple(word.key for word in row.read))[-(MAX_TERM_WORDS - 1) :],
             pairs=(*row.pairs, row.unread_tokens + len(ids) + 2),
             write=None,
@@ -479,16 +493,17 @@ class Interleaved:
         moved = []
         for b in finished:
             row, lost = rows[b], 0
-            if (exact := int(state.cache.next_positions[b]) < MAX_POSITION) and row.context <= limit:
+            anew = row.stuck or int(state.cache.next_positions[b]) >= MAX_POSITION
+            if not anew and row.context <= limit:
                 continue
-            while row.pairs and (not exact or row.context > limit * 3 // 4):
+            while row.pairs and (anew or row.context > limit * 3 // 4):
                 lost, row = lost + row.pairs[0], replace(row, pairs=row.pairs[1:])
             if row.pairs:
                 keep_first[b] = len(row.direction.prompt)
                 start[b] = keep_first[b] + lost
                 moved.append(b)
             else:
-                start[b], row = state.cache.lengths[b], replace(row, pending=row.direction.prompt)
+                start[b], row = state.cache.lengths[b], replace(row, pending=row.direction.prompt, recent=())
             rows[b] = row
         if not bool(start.any()):
             return state

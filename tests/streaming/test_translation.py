@@ -42,8 +42,10 @@ class NaiveSequence:
     def restart(self) -> None:
         self.alive: list[int] = []
         self.chunks: list[list[int]] = []
+        self.said: list[tuple[list[int], list[int]]] = []
         self.next_position = 0
-        self.prompt_slots = [self.append(token) for token in self.prompt]
+        for token in self.prompt:
+            self.append(token)
 
     def append(self, token: int) -> int:
         index = len(self.tokens)
@@ -66,21 +68,27 @@ class NaiveSequence:
         )  # fmt: skip
         return logits[0, 0]
 
-    def end_chunk(self, slots: list[int]) -> None:
-        """Whole old chunks leave, and a copy of the prompt moves up to those that stay."""
-        self.chunks.append(slots)
+    def end_chunk(self, slots: list[int], rest: list[int], source: list[int], written: list[int]) -> None:
+        """Whole old chunks leave, a copy of the prompt moves up to those that stay, and the chunk's end is read."""
+        self.chunks.append(slots + [-1] * len(rest))
+        self.said.append((source, written))
+        if len(last := self.said[-3:]) == 3:
+            same_words, same_text = (all(chunk[side] == last[0][side] for chunk in last) for side in (0, 1))
+            if same_text and not same_words:
+                return self.restart()
         limit = self.translator.config.max_context_tokens
-        if len(self.prompt) + sum(map(len, self.chunks)) <= limit:
-            return
-        while self.chunks and len(self.prompt) + sum(map(len, self.chunks)) > limit * 3 // 4:
-            del self.chunks[0]
-        if not self.chunks:
-            return self.restart()
-        kept, after = [slot for chunk in self.chunks for slot in chunk], self.next_position
-        self.alive, self.next_position = [], self.positions[kept[0]] - len(self.prompt)
-        self.prompt_slots = [self.append(token) for token in self.prompt]
-        self.alive += kept
-        self.next_position = after
+        if len(self.prompt) + sum(map(len, self.chunks)) > limit:
+            while self.chunks and len(self.prompt) + sum(map(len, self.chunks)) > limit * 3 // 4:
+                del self.chunks[0]
+            if not self.chunks:
+                return self.restart()
+            kept, after = [slot for chunk in self.chunks for slot in chunk if slot >= 0], self.next_position
+            self.alive, self.next_position = [], self.positions[kept[0]] - len(self.prompt)
+            for token in self.prompt:
+                self.append(token)
+            self.alive += kept
+            self.next_position = after
+        self.chunks[-1] = slots + [self.append(token) for token in rest]
         return None
 
 
@@ -101,6 +109,7 @@ def naive(t: Translator, spoken: Spoken, *, target: str, latency: str) -> list[T
                 continue
         slots.append(sequence.append(t.end_of_read))
         written: list[int] = []
+        rest = [t.end_of_write]
         while True:
             mask = t.unwritable if written else t.unable_to_begin
             token = int(sequence.logits().masked_fill(mask, -torch.inf).argmax())
@@ -115,15 +124,15 @@ def naive(t: Translator, spoken: Spoken, *, target: str, latency: str) -> list[T
                     sequence.next_position -= 1
                 del written[-cut:]
                 break
-            slots.append(sequence.append(token))
             if len(written) >= write_cap(source):
+                rest = [token, t.end_of_write]
                 break
-        slots.append(sequence.append(t.end_of_write))
+            slots.append(sequence.append(token))
         text = decode(t.tokenizer, written)
         text = text if begun else text.lstrip(" ")
         chunks.append(TranslatedChunk(0, target, text, tuple(written), first_word, i, closes))
         begun = begun or bool(text)
-        sequence.end_chunk(slots)
+        sequence.end_chunk(slots, rest, [i for w, _ in spoken[first_word : i + 1] for i in t.encode_word(w)], written)
         slots, source, first_word = [], 0, i + 1
     return chunks
 
@@ -207,6 +216,16 @@ def test_rows_and_sessions_change_nothing_for_each_other(
             assert [replace(chunk, row=0) for chunk in chunks[i] if chunk.row == row] == alone
 
 
+@pytest.mark.parametrize(("seed", "context"), [(1, 48), (5, 48), (2, 96)])
+def test_what_leaves_the_context_leaves_as_in_the_naive_loop(seed: int, context: int) -> None:
+    """Long enough that chunks leave, rows begin anew, and the prompt moves, several times."""
+    t = tiny.translator(seed, max_context_tokens=context)
+    interpreter, state = opened(t)
+    chunks, state = run(interpreter, fed(interpreter, state, talk(60)))
+    assert chunks == naive(t, talk(60), target="es", latency="medium")
+    assert len(chunks) > 12
+
+
 @cache
 def talk(words: int) -> tuple[tuple[str, bool], ...]:
     return tuple((WORDS[(7 * i + i * i // 5) % 14], i % 37 == 36) for i in range(words))
@@ -235,6 +254,13 @@ def test_positions_begin_anew_before_they_are_not_exact_any_more(monkeypatch: py
         newest.append(int(state.cache.next_positions[0]))
     assert max(newest) < 100 + 2 * 127 + 256
     assert newest.count(0) == 0 or min(newest[50:]) < 50
+
+
+def test_a_row_is_stuck_that_says_the_same_upon_other_words() -> None:
+    row = replace(opened(tiny.translator(0))[1].rows[0], recent=(((9,), ()), ((10,), ())))
+    assert not row.stuck and replace(row, recent=(*row.recent, ((9,), ()))).stuck
+    assert not replace(row, recent=(((9,), ()),) * 3).stuck
+    assert not replace(row, recent=(*row.recent, ((9,), (7,)))).stuck
 
 
 def test_ten_thousand_words_without_a_pause_are_written_upon_in_portions() -> None:
