@@ -23,8 +23,12 @@ from streaming.errors import DragomanError
 _PACKAGES: Final = ("dragoman", "torch", "numpy", "jiwer", "num2words", "sacrebleu")
 _PICTURES: Final = (".png", ".svg")
 _NOTHING: Final = "–"
-# A pipe has no width; a row of the table fits in this.
-_PIPE_COLUMNS: Final = 160
+# A pipe has no width; a row of a table fits in this.
+_PIPE_COLUMNS: Final = 200
+_TRANSLATION_HEADINGS: Final = (
+    *("segments", "left out", "BLEU", "chrF", "from text", "lag words", "lag ms", "live", "with computing"),
+    *("delay ms", "NE", "push ms"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,8 @@ def print_translations(scores: Sequence[TranslationScore], conditions: Condition
     """Print scores of translations as a table to standard output, and below it what they were measured with."""
     console = _console()
     table = Table("set", "to", "latency", title=conditions.translator)
-    for heading in (
-        "segments",
-        "left out",
-        "BLEU",
-        "chrF",
-        "from text",
-        "lag words",
-        "lag ms",
-        "live",
-        "with computing",
-    ):
-        table.add_column(heading, justify="right")
-    for heading in ("delay ms", "NE", "push ms"):
-        table.add_column(heading, justify="right")
+    for heading in _TRANSLATION_HEADINGS:
+        table.add_column(heading, justify="right", overflow="fold")
     for score in scores:
         table.add_row(*_translation_cells(score))
     console.print(table)
