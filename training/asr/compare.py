@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,7 @@ from streaming.events import TranscriptDelta
 from streaming.features import FrontEnd
 from streaming.session import SessionConfig
 from streaming.text import WORD_BOUNDARY
+from training.asr.train import CHUNK_LOOKAHEADS
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,22 @@ class _Heard:
     delays_ms: list[int]
 
 
-def read_run(run: Path, tokenizer: bytes) -> Recognizer:
-    """The averaged weights of a run, for inference."""
+def read_run(run: Path, tokenizer: bytes, *, chunked: bool = False) -> Recognizer:
+    """The averaged weights of a run, for inference.
+
+    Args:
+        run: Folder of the run.
+        tokenizer: Its SentencePiece model.
+        chunked: Whether a model with gates does without them and looks ahead in chunks.
+    """
     state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
-    net = RecognizerNet(ModelConfig.from_dict(state["config"]))
-    net.load_state_dict(state["average"])
+    config, weights = ModelConfig.from_dict(state["config"]), state["average"]
+    if chunked:
+        encoder = replace(config.encoder, gate_frames=0, lookahead_frames=CHUNK_LOOKAHEADS)
+        config = replace(config, encoder=encoder)
+        weights = {name: tensor for name, tensor in weights.items() if ".lookahead." not in name}
+    net = RecognizerNet(config)
+    net.load_state_dict(weights)
     return Recognizer(net, tokenizer)
 
 
@@ -213,6 +225,9 @@ def main(
     manifest: Annotated[list[Path], typer.Option(help="Speech to score on; several are taken as one set.")],
     out: Annotated[Path, typer.Option(help="JSON lines with the points; runs that stand there are not scored again.")],
     picture: Annotated[Path | None, typer.Option(help="Curve, .svg or .png; needs matplotlib.")] = None,
+    chunked: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="A run with gates, to be scored without, in chunks.")
+    ] = None,
     threads: int = 2,
 ) -> None:
     """Scores runs at all their look-aheads."""
@@ -221,10 +236,11 @@ def main(
     placing = load_recognizer(reference)
     ends_ms = reference_ends(placing, speech)
     points = [Point(**json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
-    for name, _, folder in (item.partition("=") for item in run):
+    for item, gateless in [*((item, False) for item in run), *((item, True) for item in chunked or ())]:
+        name, _, folder = item.partition("=")
         if name in {point.run for point in points}:
             continue
-        recognizer = read_run(Path(folder), (reference / "tokenizer.model").read_bytes())
+        recognizer = read_run(Path(folder), (reference / "tokenizer.model").read_bytes(), chunked=gateless)
         for point in measure(name, recognizer, speech, ends_ms):
             points.append(point)
             with out.open("a", encoding="utf-8") as lines:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from client.evaluate import read_sets, score, session_configs
 from models.config import FRAME_MS
 from models.recognizer import Recognizer
 from streaming.session import Session
 from tests import tiny
-from training.asr.compare import Point, draw, measure, reference_ends, word_ends
+from training.asr.compare import Point, draw, measure, read_run, reference_ends, word_ends
+from training.asr.train import Recipe, Trainer
 
 BLANK = 9
 
@@ -97,3 +100,16 @@ def test_the_picture_has_a_line_for_each_run(tmp_path: Path) -> None:
     points = [Point(name, ms, 0.3, 100.0 + ms, 120.0 + ms) for name in ("fixed", "adaptive") for ms in (0, 80)]
     draw(points, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_a_run_with_gates_can_be_compared_with_itself_in_chunks(tmp_path: Path) -> None:
+    recipe = Recipe(easy_steps=0, flat_steps=0, rnnt_from_step=0)
+    config = replace(tiny.config(gates=2), encoder=replace(tiny.config(gates=2).encoder, left_context_frames=56))
+    learner = Trainer(config, recipe, "cpu", autocast=False)
+    learner.save(tmp_path / "last.pt")
+    recognizer = read_run(tmp_path, tiny.tokenizer(), chunked=True)
+    assert recognizer.lookaheads_ms == (0, 80, 240, 480) and not recognizer.adaptive
+    mel, slots = torch.randn(1, 96, 80), torch.tensor([96])
+    own = learner._encode_chunks(mel, slots, (3,), easy=False)[0]
+    theirs, _ = recognizer.net.encoder.step(mel, None, slots=slots, chunk_frames=torch.tensor([4]))
+    torch.testing.assert_close(theirs, own, atol=1e-4, rtol=1e-4)
