@@ -30,10 +30,17 @@ MAX_CHUNKS = 4
 CONFIG = SessionConfig(AudioFormat("f32le"))
 
 
-def files(recognizer: Recognizer, audio: np.ndarray, batch: int) -> float:
+def read_audio(recording: Path) -> np.ndarray:
+    """A recording as ``float32[n]`` at 16 kHz."""
+    samples, rate = soundfile.read(recording, dtype="float32", always_2d=True)
+    audio: np.ndarray = soxr.resample(samples.mean(1), rate, 16000).astype(np.float32)
+    return audio
+
+
+def files(recognizer: Recognizer, audio: np.ndarray, batch: int, config: SessionConfig = CONFIG) -> float:
     """Seconds to transcribe ``batch`` recordings together."""
     begun = time.perf_counter()
-    sessions = [Session(recognizer, CONFIG) for _ in range(batch)]
+    sessions = [Session(recognizer, config) for _ in range(batch)]
     for start in range(0, len(audio), 5 * 16000):
         for session in sessions:
             session.write(audio[start : start + 5 * 16000])
@@ -62,9 +69,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prints times real time for batches of 1 and 8 on 1 and 2 threads, and a live stream's share of a core."""
-    samples, rate = soundfile.read(recording, dtype="float32", always_2d=True)
-    once = soxr.resample(samples.mean(1), rate, 16000).astype(np.float32)
-    audio = np.resize(once, int(minutes * 60 * 16000))
+    audio = np.resize(read_audio(recording), int(minutes * 60 * 16000))
     recognizer, audio_s = load_recognizer(model), len(audio) / 16000
     files(recognizer, audio[: 20 * 16000], 1)  # what is made once: packed weights, positions, the VAD
     figures: dict[str, float] = {}

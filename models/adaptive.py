@@ -8,15 +8,31 @@ same numbers for whole inputs at once, and with soft gates it is the forward pas
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.fastconformer import FastConformer, LayerWeights
-from models.lookahead import asked_frames, attention_bias, log_gates, settle, soft_reach
+from models.fastconformer import MASKED_SCORE, FastConformer, LayerWeights
+from models.lookahead import (
+    Place,
+    asked_frames,
+    attention_bias,
+    leading_positive,
+    log_gates,
+    run_ready,
+    settle,
+    soft_reach,
+)
+
+#: So many frames of a row enter a layer at once; its rings have room for them.
+BLOCK_FRAMES = 8
 
 
 class Whole(NamedTuple):
@@ -59,108 +75,117 @@ def encode_whole(
     reach = frame.expand(B, T)
     soft = reach.float()
     deadline = reach + max_lookahead_frames.to(x.device)[:, None]
-    ended = torch.ones_like(frames, dtype=torch.bool)
     x = x.reshape(B * T, D)
     for w, positions in zip(weights, encoder.positions(weights, T - 1, 2 * T - 1), strict=True):
         assert w.scheduler is not None
         scores = w.scheduler(x).view(B, T, -1)
-        settled = settle(
-            asked_frames(scores), reach, deadline, arrived=frames, fed=frames, ended=ended, frames=config.gate_frames
-        )
+        settled = settle(asked_frames(scores), reach, deadline, frames=frames, gates=config.gate_frames)
         gates = log_gates(scores, temperature or 1.0)
         furthest = settled.taken if temperature is None else settled.within.clamp(max=config.gate_frames)
         visible = (ahead >= -config.left_context_frames) & (ahead <= furthest[:, :, None])
         bias = None if temperature is None else attention_bias(gates, T)
         x = encoder.layer(x, w, positions, None, shape._replace(visible=visible[:, None], bias=bias))
         soft = soft_reach(gates, soft, frames)
-        reach = settled.when.cummax(1).values
+        reach = settled.reach
     return Whole(x.view(B, T, D), reach, soft)
+
+
+class Progress(NamedTuple):
+    """How far one layer of one stream is.
+
+    Attributes:
+        done: Frames that have run.
+        passed: The furthest reach of those.
+        waiting: The frames that wait, oldest first, at most R.
+    """
+
+    done: int = 0
+    passed: int = 0
+    waiting: tuple[Place, ...] = ()
+
+
+class Frontier(NamedTuple):
+    """How far one stream is.
+
+    Attributes:
+        fed: Audio frames that have entered.
+        deadline: The latest deadline that one of them was given.
+        layers: Of every layer.
+    """
+
+    fed: int
+    deadline: int
+    layers: tuple[Progress, ...]
 
 
 @dataclass
 class FrontierState:
     """The past of a batch of streams, a value that :func:`step` takes and returns.
 
-    The integer tensors live on the host. A layer's window is the left context before its frontier, then the
-    frames that wait, at most R.
+    What belongs to a frame lies in rings: frame ``i`` of a layer in slot ``i`` modulo the ring's length. So rows whose
+    frontiers differ are one tensor, and nothing is ever moved.
 
     Attributes:
-        fed: ``int64[B]``, audio frames that have entered.
-        deadline: ``int64[B]``, the latest deadline that a frame was given.
+        frontiers: One a row, on the host.
         subsampling: The last input frame of each sub-sampling stage, as in :class:`EncoderState`.
-        attention: ``[L, 2, B, H, left + R, D/H]``, keys and values of the window.
-        waiting: ``[L, B, R, 2D]``, of the frames that wait: what attention will be added to, and their queries.
-        conv: ``[L, B, kernel-1, D]``, the inputs of the depthwise convolution, oldest first.
-        places: ``int64[L, B, R, 3]``, of the frames that wait: how many frames they asked for, the reach of their
-            inputs, their deadline.
-        waiting_frames: ``int64[L, B]``.
-        done: ``int64[L, B]``, frames that have run.
-        passed: ``int64[L, B]``, the furthest reach of those.
+        attention: ``[L, 2, B, H, left + R + BLOCK_FRAMES, D/H]``, keys and values.
+        waiting: ``[L, B, R + BLOCK_FRAMES, 2D]``, what attention will be added to, and queries.
+        conv: ``[L, B, kernel - 1 + R + BLOCK_FRAMES, D]``, the inputs of the depthwise convolution.
     """
 
-    fed: Tensor
-    deadline: Tensor
+    frontiers: tuple[Frontier, ...]
     subsampling: tuple[Tensor, Tensor, Tensor]
     attention: Tensor
     waiting: Tensor
     conv: Tensor
-    places: Tensor
-    waiting_frames: Tensor
-    done: Tensor
-    passed: Tensor
 
     @property
-    def frames(self) -> Tensor:
-        """``int64[B]``: encoder frames that each row has produced."""
-        return self.done[-1]
+    def frames(self) -> list[int]:
+        """Encoder frames that each row has produced."""
+        return [frontier.layers[-1].done for frontier in self.frontiers]
 
     @staticmethod
     def cat(states: list[FrontierState]) -> FrontierState:
-        """One batch of the rows of several states, in their order."""
+        """One batch of the rows of several states, in their order; of one state, itself."""
         if len(states) == 1:
             return states[0]
         first, second, third = (torch.cat([s.subsampling[i] for s in states]) for i in range(3))
-        joined = {name: torch.cat([getattr(s, name) for s in states], dim) for name, dim in _ROW_DIMS.items()}
-        return FrontierState(subsampling=(first, second, third), **joined)
+        return FrontierState(
+            frontiers=tuple(frontier for s in states for frontier in s.frontiers),
+            subsampling=(first, second, third),
+            attention=torch.cat([s.attention for s in states], 2),
+            waiting=torch.cat([s.waiting for s in states], 1),
+            conv=torch.cat([s.conv for s in states], 1),
+        )
 
     def row(self, index: int) -> FrontierState:
         """A copy of one row, as a state of batch 1; it shares no memory with this one."""
-        first, second, third = (cache[index : index + 1].clone() for cache in self.subsampling)
-        own = {
-            name: getattr(self, name).narrow(dim, index, 1).clone(memory_format=torch.contiguous_format)
-            for name, dim in _ROW_DIMS.items()
-        }
-        return FrontierState(subsampling=(first, second, third), **own)
+        at = slice(index, index + 1)
+        first, second, third = (cache[at].clone() for cache in self.subsampling)
+        return FrontierState(
+            frontiers=self.frontiers[at],
+            subsampling=(first, second, third),
+            attention=self.attention[:, :, at].clone(memory_format=torch.contiguous_format),
+            waiting=self.waiting[:, at].clone(memory_format=torch.contiguous_format),
+            conv=self.conv[:, at].clone(memory_format=torch.contiguous_format),
+        )
 
     def rows(self) -> list[FrontierState]:
         """Every row as a state of its own."""
-        return [self] if len(self.fed) == 1 else [self.row(i) for i in range(len(self.fed))]
-
-
-#: Which dimension of a state's tensors counts the rows.
-_ROW_DIMS = {
-    "fed": 0, "deadline": 0, "attention": 2, "waiting": 1, "conv": 1, "places": 1, "waiting_frames": 1, "done": 1,
-    "passed": 1,
-}  # fmt: skip
-assert {field.name for field in fields(FrontierState)} == {*_ROW_DIMS, "subsampling"}
+        return [self] if len(self.frontiers) == 1 else [self.row(i) for i in range(len(self.frontiers))]
 
 
 def init_state(encoder: FastConformer, batch: int) -> FrontierState:
     """The state of ``batch`` streams that have not begun."""
     c, start = encoder.config, encoder.init_state(batch)
-    like, window = start.conv, c.left_context_frames + c.gate_frames
-    integers = torch.zeros(c.n_layers, batch, dtype=torch.int64)
+    like, ahead = start.conv, c.gate_frames + BLOCK_FRAMES
+    width = c.d_model // c.n_heads
     return FrontierState(
-        fed=torch.zeros(batch, dtype=torch.int64),
-        deadline=torch.zeros(batch, dtype=torch.int64),
+        frontiers=(Frontier(0, 0, (Progress(),) * c.n_layers),) * batch,
         subsampling=start.subsampling,
-        attention=like.new_zeros(c.n_layers, 2, batch, c.n_heads, window, c.d_model // c.n_heads),
-        waiting=like.new_zeros(c.n_layers, batch, c.gate_frames, 2 * c.d_model),
-        conv=start.conv,
-        places=torch.zeros(c.n_layers, batch, c.gate_frames, 3, dtype=torch.int64),
-        waiting_frames=integers,
-        done=integers.clone(),
-        passed=integers.clone(),
+        attention=like.new_zeros(c.n_layers, 2, batch, c.n_heads, c.left_context_frames + ahead, width),
+        waiting=like.new_zeros(c.n_layers, batch, ahead, 2 * c.d_model),
+        conv=like.new_zeros(c.n_layers, batch, c.conv_kernel_size - 1 + ahead, c.d_model),
     )
 
 
@@ -169,24 +194,35 @@ class Output(NamedTuple):
 
     Attributes:
         encoded: ``[B, T, d_model]``, zero beyond a row's frames.
-        frames: ``int64[B]`` on the host, new frames of each row, 0 … T.
-        reach: ``int64[B, T]`` on the host, the audio frame that each of them waited for.
+        reach: Of each row, the audio frame that each of its new frames waited for.
     """
 
     encoded: Tensor
-    frames: Tensor
-    reach: Tensor
+    reach: list[tuple[int, ...]]
+
+
+class _Cell(NamedTuple):
+    """A frame that enters a layer."""
+
+    row: int
+    reach: int
+    deadline: int
 
 
 class _Cells(NamedTuple):
-    """The frames that enter a layer, row by row."""
+    """The frames that enter a layer, those of a row in their order."""
 
     x: Tensor  # [N, D]
-    rows: Tensor  # int64[N]
-    columns: Tensor  # int64[N], place among the row's
-    frames: Tensor  # int64[B], how many of each row
-    reach: Tensor  # int64[N]
-    deadline: Tensor  # int64[N]
+    cells: list[_Cell]
+
+
+class _Run(NamedTuple):
+    """A frame that runs in a layer."""
+
+    row: int
+    column: int  # its place among the row's
+    number: int
+    taken: int  # how many frames ahead it sees
 
 
 @torch.inference_mode()
@@ -198,8 +234,11 @@ def step(
     slots: Tensor,
     max_lookahead_frames: Tensor,
     ended: Tensor,
+    consume: bool = False,
 ) -> tuple[Output, FrontierState]:
     """Takes the next audio of each row and runs every cell that has become ready.
+
+    On a GPU the host waits for each layer once, to read what the frames that entered it ask for.
 
     Args:
         encoder: Frozen weights with gates.
@@ -209,110 +248,205 @@ def step(
         max_lookahead_frames: ``int64[B, A]`` on the host, the cap of each frame that enters now, 0 and above. A smaller
             one than before shortens the wait as fast as the frames before it allow.
         ended: ``bool[B]`` on the host, whether this is a row's last audio.
+        consume: Whether ``state`` is given up, so that its memory may become that of the state after the step.
     """
-    shape = encoder.shape(mel, state.fed, slots)
+    shape = encoder.shape(mel, torch.tensor([frontier.fed for frontier in state.frontiers]), slots)
     x, subsampling = encoder.subsample(mel, state.subsampling, shape)
-    number = state.fed[:, None] + torch.arange(x.shape[1])
-    deadline = torch.maximum(number + max_lookahead_frames, state.deadline[:, None]).cummax(1).values
-    rows, columns = _cells(shape.frames)
-    cells = _Cells(x[rows, columns], rows, columns, shape.frames, number[rows, columns], deadline[rows, columns])
-    fed, weights = state.fed + shape.frames, encoder.weights()
-    parts = []
-    for layer in range(len(weights)):
-        cells, after = _layer_step(encoder, weights, layer, cells, state, fed, ended)
-        parts.append(after)
-    names = ("attention", "waiting", "conv", "places", "waiting_frames", "done", "passed")
-    stacked = {name: torch.stack(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
-    latest = _last(deadline, shape.frames, state.deadline)
-    return _dense(cells), FrontierState(fed=fed, deadline=latest, subsampling=subsampling, **stacked)
+    B, A, D = x.shape
+    cells, fed, deadlines = [], [], []
+    for row, (frames, caps) in enumerate(zip(shape.frames.tolist(), max_lookahead_frames.tolist(), strict=True)):
+        start, deadline, _ = state.frontiers[row]
+        for number in range(start, start + frames):
+            deadline = max(deadline, number + caps[number - start])
+            cells.append(_Cell(row, number, deadline))
+        fed.append(start + frames)
+        deadlines.append(deadline)
+    x = x.reshape(B * A, D)
+    if len(cells) < B * A:
+        x = x.index_select(0, _on(x.device, [c.row * A + c.reach - state.frontiers[c.row].fed for c in cells])[0])
+    if not consume:
+        state = replace(
+            state, attention=state.attention.clone(), waiting=state.waiting.clone(), conv=state.conv.clone()
+        )
+    known = list(zip(fed, ended.tolist(), strict=True))
+    progress = [list(frontier.layers) for frontier in state.frontiers]
+    new = _Cells(x, cells)
+    for layer in range(encoder.config.n_layers):
+        new = _layer_step(encoder, layer, new, state, progress, known)
+    frontiers = tuple(Frontier(n, d, tuple(p)) for n, d, p in zip(fed, deadlines, progress, strict=True))
+    return _dense(new, B), replace(state, frontiers=frontiers, subsampling=subsampling)
 
 
 def _layer_step(
     encoder: FastConformer,
-    weights: list[LayerWeights],
     layer: int,
     new: _Cells,
     state: FrontierState,
-    fed: Tensor,
-    ended: Tensor,
-) -> tuple[_Cells, tuple[Tensor, ...]]:
-    """One layer's part of a step: the frames that leave it, and its part of the state."""
-    c, w = encoder.config, weights[layer]
-    B, D, H, R, left = len(fed), c.d_model, c.n_heads, c.gate_frames, c.left_context_frames
-    grow, waiting = int(new.frames.max()), state.waiting_frames[layer]
-    at = waiting[new.rows] + new.columns
-    attention = F.pad(state.attention[layer], (0, 0, 0, grow))
-    held = F.pad(state.waiting[layer], (0, 0, 0, grow))
-    places = F.pad(state.places[layer], (0, 0, 0, grow))
-    if len(new.x):
+    progress: list[list[Progress]],
+    known: list[tuple[int, bool]],
+) -> _Cells:
+    """One layer's part of a step.
+
+    Args:
+        encoder: As in :func:`step`.
+        layer: Number of the layer.
+        new: The frames that enter it.
+        state: Memory of this step's own; the layer's part is written to.
+        progress: Of each row and layer; brought up to date.
+        known: Of each row, audio frames that have entered the encoder, and whether no more will.
+
+    Returns:
+        The frames that leave it.
+    """
+    *early, last = _pieces(new)
+    # Before the last piece is there, nobody can say which frames do not come in time.
+    parts = [_piece_step(encoder, layer, piece, state, progress, [(0, False)] * len(known)) for piece in early]
+    parts.append(_piece_step(encoder, layer, last, state, progress, known))
+    if not early:
+        return parts[0]
+    return _Cells(torch.cat([part.x for part in parts]), [cell for part in parts for cell in part.cells])
+
+
+def _pieces(new: _Cells) -> list[_Cells]:
+    """Frames that enter a layer, cut so that no row has more in a piece than the rings have room for."""
+    if len(new.cells) <= BLOCK_FRAMES:
+        return [new]
+    seen: defaultdict[int, int] = defaultdict(int)
+    pieces: defaultdict[int, list[int]] = defaultdict(list)
+    for i, (row, _, _) in enumerate(new.cells):
+        pieces[seen[row] // BLOCK_FRAMES].append(i)
+        seen[row] += 1
+    if len(pieces) == 1:
+        return [new]
+    return [
+        _Cells(new.x.index_select(0, *_on(new.x.device, piece)), [new.cells[i] for i in piece])
+        for _, piece in sorted(pieces.items())
+    ]
+
+
+def _piece_step(
+    encoder: FastConformer,
+    layer: int,
+    new: _Cells,
+    state: FrontierState,
+    progress: list[list[Progress]],
+    known: list[tuple[int, bool]],
+) -> _Cells:
+    """:func:`_layer_step` for at most ``BLOCK_FRAMES`` frames of each row."""
+    if not new.cells and not any(of[layer].waiting for of in progress):
+        return new
+    w, queues = encoder.weights()[layer], [list(of[layer].waiting) for of in progress]
+    if new.cells:
         assert w.scheduler is not None
+        scores = w.scheduler(new.x)
         x, qkv = encoder.enter(new.x, w)
-        asked = asked_frames(w.scheduler(new.x)).cpu()
-        attention[:, new.rows, :, left + at] = qkv.view(-1, 3, H, D // H)[:, 1:]
-        held[new.rows, at] = torch.cat([x, qkv[:, :D]], 1)
-        places[new.rows, at] = torch.stack([asked, new.reach, new.deadline], 1)
-    arrived = waiting + new.frames
-    settled = settle(*places.unbind(-1), arrived=arrived, fed=fed, ended=ended, frames=R)
-    slot = torch.arange(places.shape[1])
-    ready = (settled.known & (slot < arrived[:, None])).long().cumprod(1).sum(1)
-    reach = torch.maximum(settled.when.cummax(1).values, state.passed[layer][:, None])
-    rows, columns = _cells(ready)
-    conv, passed = state.conv[layer], state.passed[layer]
-    x = new.x[:0]
-    if len(rows):
-        T = int(ready.max())
-        key = torch.arange(attention.shape[3]) - left
-        query, oldest = slot[:T, None], -state.done[layer].clamp(max=left)
-        visible = (key >= query - left) & (key <= query + settled.taken[:, :T, None]) & (key >= oldest[:, None, None])
-        queries = held[:, :T, D:].view(B, T, H, D // H).transpose(1, 2)
-        positions = encoder.positions(weights, left + T - 1, attention.shape[3] + T - 1)[layer]
-        mixed = encoder.attend(queries, attention[0], attention[1], positions, visible[:, None].to(x.device))
-        flat = rows * T + columns
-        x = encoder.add_attention(held[rows, columns, :D], w, mixed[flat])
-        conv = F.pad(conv, (0, 0, 0, T))
-        conv[rows, c.conv_kernel_size - 1 + columns] = encoder.gate_channels(x, w)
-        x = encoder.leave(x, w, encoder.convolve(conv, w).reshape(B * T, D)[flat])
-        conv = _from(conv, ready, c.conv_kernel_size - 1, 1)
-        passed = _last(reach, ready, passed)
-    after = (
-        _from(attention, ready, left + R, 3, row_dim=1),
-        _from(held, ready, R, 1),
-        conv,
-        _from(places, ready, R, 1),
-        arrived - ready,
-        state.done[layer] + ready,
-        passed,
+        entered = []
+        for (row, reach, deadline), asked in zip(new.cells, map(leading_positive, scores.tolist()), strict=True):
+            entered.append((row, progress[row][layer].done + len(queues[row])))
+            queues[row].append(Place(asked, reach, deadline))
+        _store(state, layer, entered, x, qkv)
+    runs, left = [], []
+    for row, (queue, (fed, ended)) in enumerate(zip(queues, known, strict=True)):
+        if not queue:
+            continue
+        done, passed, _ = progress[row][layer]
+        ran = run_ready(queue, passed, fed, ended=ended)
+        for column, (taken, passed) in enumerate(ran):
+            runs.append(_Run(row, column, done + column, taken))
+            left.append(_Cell(row, passed, queue[column].deadline))
+        progress[row][layer] = Progress(done + len(ran), passed, tuple(queue[len(ran) :]))
+    return _Cells(_run(encoder, w, layer, runs, state) if runs else new.x[:0], left)
+
+
+def _store(state: FrontierState, layer: int, entered: list[tuple[int, int]], x: Tensor, qkv: Tensor) -> None:
+    """Writes the frames (row, number) that enter a layer into its rings."""
+    attention, waiting = state.attention[layer], state.waiting[layer]
+    _, _, H, ring, width = attention.shape
+    room = waiting.shape[1]
+    rows, slots, places = _on(
+        x.device,
+        [row for row, _ in entered],
+        [number % ring for _, number in entered],
+        [row * room + number % room for row, number in entered],
     )
-    return _Cells(x, rows, columns, ready, reach[rows, columns], places[rows, columns, 2]), after
+    attention[:, rows, :, slots] = qkv.view(-1, 3, H, width)[:, 1:]
+    waiting.view(-1, 2 * H * width).index_copy_(0, places, torch.cat([x, qkv[:, : H * width]], 1))
 
 
-def _cells(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and place of every cell if the rows have so many: ``int64[N]`` each, row by row."""
-    rows, columns = (torch.arange(int(frames.max())) < frames[:, None]).nonzero(as_tuple=True)
-    return rows, columns
+def _run(encoder: FastConformer, w: LayerWeights, layer: int, runs: list[_Run], state: FrontierState) -> Tensor:
+    """Takes the frames that run, ``runs`` row by row, through the rest of a layer: ``[M, D]``."""
+    kernel, conv = encoder.config.conv_kernel_size, state.conv[layer]
+    _, room, D = conv.shape
+    x, mixed = _attend(encoder, layer, runs, state)
+    x = encoder.add_attention(x, w, mixed)
+    slots, windows = _on(
+        conv.device,
+        [row * room + number % room for row, _, number, _ in runs],
+        [row * room + (number - ago) % room for row, _, number, _ in runs for ago in reversed(range(kernel))],
+    )
+    ring = conv.view(-1, D).index_copy_(0, slots, encoder.gate_channels(x, w))
+    convolved = encoder.convolve(ring.index_select(0, windows).view(len(runs), -1, D), w)
+    return encoder.leave(x, w, convolved.view(-1, D))
 
 
-def _last(x: Tensor, count: Tensor, before: Tensor) -> Tensor:
-    """Entry ``count - 1`` of each row of ``[B, n]``, or what was ``before`` if there is none."""
-    return torch.where(count > 0, x.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0], before)
+def _attend(encoder: FastConformer, layer: int, runs: list[_Run], state: FrontierState) -> tuple[Tensor, Tensor]:
+    """The frames that run and what attention finds for them, ``[M, D]`` each."""
+    c, (keys, values), waiting = encoder.config, state.attention[layer], state.waiting[layer]
+    B, H, ring, width = keys.shape
+    D, room, left = H * width, waiting.shape[1], c.left_context_frames
+    # All rows have as many queries as the one with the most; those that are too many are dropped again.
+    T = 1 + max(run.column for run in runs)
+    padded = [_Run(0, 0, 0, 0)] * (B * T)
+    for run in runs:
+        padded[run.row * T + run.column] = run
+    queries, lines, real = _on(
+        waiting.device,
+        [row * room + number % room for row, _, number, _ in padded],
+        [(i if i < left else left + i % ring) * (c.gate_frames + 1) + taken for _, _, i, taken in padded],
+        [row * T + column for row, column, _, _ in runs],
+    )
+    frames = waiting.view(-1, 2 * D).index_select(0, queries)
+    query = frames[:, D:].view(B, T, H, width).transpose(1, 2)
+    positions = encoder.positions(encoder.weights(), left, left + 1 + c.gate_frames)[layer]
+    by_distance = F.pad(encoder.by_distance(query, positions), (0, 1), value=MASKED_SCORE)
+    column = _columns(left, c.gate_frames, waiting.device).index_select(0, lines).view(B, 1, T, ring)
+    mixed = encoder.mix(query, keys, values, by_distance.gather(3, column.expand(-1, H, -1, -1)))
+    x = frames[:, :D]
+    return (x, mixed) if len(runs) == B * T else (x.index_select(0, real), mixed.index_select(0, real))
 
 
-def _from(x: Tensor, start: Tensor, length: int, dim: int, *, row_dim: int = 0) -> Tensor:
-    """``length`` entries of each row along ``dim``, from the row's ``start`` on; what lies beyond is not read."""
-    first, *others = start.tolist()
-    if all(other == first for other in others) and first + length <= x.shape[dim]:
-        return x.narrow(dim, first, length)
-    index = (start[:, None] + torch.arange(length)).clamp(max=x.shape[dim] - 1).to(x.device)
-    view, size = [1] * x.dim(), list(x.shape)
-    view[row_dim], view[dim], size[dim] = len(start), length, length
-    return x.gather(dim, index.view(view).expand(size))
+@cache
+def _columns(left: int, gates: int, device: torch.device) -> Tensor:
+    """Which column of the positions belongs to each slot of the ring of keys, line by line, ``int64[lines, ring]``.
+
+    A query has the line ``i * (gates + 1) + r`` if it sees ``r`` frames ahead; ``i`` is its number below ``left``, and
+    ``left`` plus its slot from there on. Slots that it does not see have the column behind the last.
+    """
+    ring = left + gates + BLOCK_FRAMES
+    query, taken = torch.arange(left + ring)[:, None, None], torch.arange(gates + 1)[:, None]
+    ahead = (torch.arange(ring) - torch.where(query < left, query, query - left)) % ring
+    behind = ring - ahead
+    past = torch.where(behind <= query.clamp(max=left), left - behind, left + gates + 1)
+    return torch.where(ahead <= taken, left + ahead, past).view(-1, ring).to(device)
 
 
-def _dense(cells: _Cells) -> Output:
+def _on(device: torch.device, *indices: Sequence[int]) -> Sequence[Tensor]:
+    """Lists of indices on the device, in one transfer."""
+    packed = torch.tensor(list(chain.from_iterable(indices))).to(device, non_blocking=True)
+    return packed.split_with_sizes([len(index) for index in indices])
+
+
+def _dense(left: _Cells, B: int) -> Output:
     """The frames that left the last layer, a row each."""
-    B, T = len(cells.frames), int(cells.frames.max())
-    encoded = cells.x.new_zeros(B, T, cells.x.shape[1])
-    reach = torch.zeros(B, T, dtype=torch.int64)
-    encoded[cells.rows, cells.columns] = cells.x
-    reach[cells.rows, cells.columns] = cells.reach
-    return Output(encoded, cells.frames, reach)
+    reach: list[list[int]] = [[] for _ in range(B)]
+    columns = []
+    for cell in left.cells:
+        columns.append(len(reach[cell.row]))
+        reach[cell.row].append(cell.reach)
+    T, D = max(map(len, reach)), left.x.shape[1]
+    encoded = left.x.new_zeros(B * T, D)
+    if left.cells:
+        places = [cell.row * T + column for cell, column in zip(left.cells, columns, strict=True)]
+        (at,) = _on(encoded.device, places)
+        encoded.index_copy_(0, at, left.x)
+    return Output(encoded.view(B, T, D), [tuple(row) for row in reach])

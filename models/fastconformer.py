@@ -327,14 +327,31 @@ class FastConformer(nn.Module):
         ``positions`` span the distances from the last query and the first key to the first query and the last
         key. Returns ``[B * T, D]``.
         """
+        by_position = self.by_distance(query, positions)
+        if query.shape[2] > 1:
+            by_position = _relative_shift(by_position)
+        return self.mix(query, keys, values, by_position, visible, bias)
+
+    def by_distance(self, query: Tensor, positions: Positions) -> Tensor:
+        """What ``positions`` add to the scores of ``query``, ``[B, H, T, positions]``."""
         B, H, T, width = query.shape
-        K = keys.shape[2]
         # Heads first: the positions are the same for all rows, and one product a head serves them all.
         of_all_rows = query.transpose(0, 1).reshape(H, B * T, width)
-        by_position = torch.baddbmm(positions.bias, of_all_rows, positions.keys)
-        by_position = by_position.view(H, B, T, -1).transpose(0, 1)
-        if T > 1:
-            by_position = _relative_shift(by_position)
+        by_distance = torch.baddbmm(positions.bias, of_all_rows, positions.keys)
+        return by_distance.view(H, B, T, -1).transpose(0, 1)
+
+    def mix(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        by_position: Tensor,
+        visible: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attention, given what positions add to the scores, ``[B, H, T, K]``; the rest as in :meth:`attend`."""
+        B, H, T, width = query.shape
+        K = keys.shape[2]
         scores = torch.baddbmm(
             by_position.reshape(B * H, T, K),
             query.reshape(B * H, T, width),

@@ -15,19 +15,19 @@ for, so reach is a running maximum.
 *Deadline.* A session's cap bounds the reach of frame ``i`` by ``i`` + cap. Whatever has not come by then is
 done without.
 
-A frame's place in the audio, its reach and its deadline are counted in encoder frames; all integer tensors here
-live on the host when a stream runs, and on the device when a batch is trained.
+A frame's place in the audio, its reach and its deadline are counted in encoder frames.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Reach of a frame that has not come yet.
+#: Reach of a frame that never comes.
 NOT_YET = 1 << 40
 #: No gate closes below this, so that a closed one still learns.
 SMALLEST_LOG_GATE = -14.0
@@ -71,49 +71,88 @@ def asked_frames(scores: Tensor) -> Tensor:
     return (scores > 0).long().cumprod(-1).sum(-1)
 
 
+def leading_positive(scores: Sequence[float]) -> int:
+    """:func:`asked_frames` of one frame, on the host."""
+    return next((i for i, score in enumerate(scores) if score <= 0), len(scores))
+
+
 class Settled(NamedTuple):
-    """What is decided about the frames of a window.
+    """What the frames of whole inputs wait for.
 
     Attributes:
-        known: ``bool[B, W]``, whether the frame can run.
-        within: ``int64[B, W]``, how many next frames are there by its deadline.
-        taken: ``int64[B, W]``, how many of them it sees.
-        when: ``int64[B, W]``, its own reach, before the running maximum.
+        within: ``int64[B, T]``, how many next frames are there by a frame's deadline.
+        taken: ``int64[B, T]``, how many of them it sees.
+        reach: ``int64[B, T]``, of the layer's outputs.
     """
 
-    known: Tensor
     within: Tensor
     taken: Tensor
-    when: Tensor
+    reach: Tensor
 
 
-def settle(
-    asked: Tensor, reach: Tensor, deadline: Tensor, *, arrived: Tensor, fed: Tensor, ended: Tensor, frames: int
-) -> Settled:
-    """Decides which frames of a layer can run, and on how much of their future.
+def settle(asked: Tensor, reach: Tensor, deadline: Tensor, *, frames: Tensor, gates: int) -> Settled:
+    """Decides on how much of their future the frames of a layer run, for whole inputs at once.
 
-    A frame runs when all that it asked for has arrived, when its deadline has passed, or when the audio has
-    ended; it sees what it asked for as far as that is within its deadline. The decision depends on reaches alone, not
-    on when the audio came.
+    A frame sees what it asked for as far as that is within its deadline. :func:`run_ready` is the same for a stream.
 
     Args:
-        asked: ``int64[B, W]`` of each frame in the layer's window, oldest first.
-        reach: ``int64[B, W]``, reach of the layer's inputs, non-decreasing along a row.
-        deadline: ``int64[B, W]``, non-decreasing along a row and never below ``reach``.
-        arrived: ``int64[B]``, how many frames of each row's window are there.
-        fed: ``int64[B]``, audio frames that have entered the encoder.
-        ended: ``bool[B]``, whether no more will.
-        frames: R, the most that may be asked for.
+        asked: ``int64[B, T]``.
+        reach: ``int64[B, T]``, of the layer's inputs, non-decreasing along a row.
+        deadline: ``int64[B, T]``, non-decreasing along a row and never below ``reach``.
+        frames: ``int64[B]``, real frames of each row; nothing reaches beyond them.
+        gates: R, the most that may be asked for.
     """
     slot = torch.arange(asked.shape[1], device=asked.device)
-    there = torch.where(slot < arrived[:, None], reach, NOT_YET)
-    future = F.pad(there, (0, frames), value=NOT_YET).unfold(1, frames + 1, 1)
+    there = torch.where(slot < frames[:, None], reach, NOT_YET)
+    future = F.pad(there, (0, gates), value=NOT_YET).unfold(1, gates + 1, 1)
     within = (future <= deadline[:, :, None]).sum(-1) - 1
-    wanted = future.gather(2, asked[:, :, None])[:, :, 0]
-    last = (fed - 1)[:, None]
-    known = (wanted != NOT_YET) | (last >= deadline) | ended[:, None]
-    when = torch.minimum(torch.where(ended[:, None], torch.minimum(wanted, last), wanted), deadline)
-    return Settled(known, within, torch.minimum(asked, within), when)
+    wanted = torch.minimum(future.gather(2, asked[:, :, None])[:, :, 0], (frames - 1)[:, None])
+    return Settled(within, torch.minimum(asked, within), torch.minimum(wanted, deadline).cummax(1).values)
+
+
+class Place(NamedTuple):
+    """A frame that waits in a layer.
+
+    Attributes:
+        asked: How many next frames it asked for.
+        reach: Reach of its input.
+        deadline: Its deadline.
+    """
+
+    asked: int
+    reach: int
+    deadline: int
+
+
+def run_ready(queue: Sequence[Place], passed: int, fed: int, *, ended: bool) -> list[tuple[int, int]]:
+    """Decides which frames of a stream's layer run, and on how much of their future.
+
+    A frame runs when all that it asked for has arrived, when its deadline has passed, or when the audio has ended, and
+    not before the frames in front of it. What it sees depends on reaches alone, not on when the audio came.
+
+    Args:
+        queue: The frames that wait, and those that have arrived now.
+        passed: The furthest reach of the frames that have run.
+        fed: Audio frames that have entered the encoder.
+        ended: Whether no more will.
+
+    Returns:
+        For each frame that runs: how many frames ahead it sees, and its reach.
+    """
+    ran = []
+    for i, (asked, _, deadline) in enumerate(queue):
+        if i + asked < len(queue):
+            wanted = queue[i + asked].reach
+        elif ended or fed > deadline:
+            wanted = fed - 1
+        else:
+            break
+        taken = min(asked, len(queue) - 1 - i)
+        while queue[i + taken].reach > deadline:
+            taken -= 1
+        passed = max(passed, min(wanted, deadline))
+        ran.append((taken, passed))
+    return ran
 
 
 def soft_reach(log_gate: Tensor, reach: Tensor, frames: Tensor) -> Tensor:

@@ -152,12 +152,12 @@ def encode(
         Frames ``[B, T, d_model]``, what each row holds, and the streams after the step.
     """
     counts = [stream.ready_frames(max_chunks) for stream in streams]
-    like = encoder.pre_encode.out.weight
-    mel = like.new_zeros(len(streams), max(counts) * SUBSAMPLING_FACTOR, encoder.mel_bins)
+    mel = torch.zeros(len(streams), max(counts) * SUBSAMPLING_FACTOR, encoder.mel_bins)
     slots = []
     for row, (stream, count) in enumerate(zip(streams, counts, strict=True)):
         mel[row, : count * SUBSAMPLING_FACTOR] = stream.groups[:count].flatten(0, 1)
         slots.append(min(stream.slots, count * SUBSAMPLING_FACTOR))
+    mel = mel.to(encoder.pre_encode.out.weight)  # all rows in one transfer
     run = _adaptive if encoder.config.adaptive else _chunks
     encoded, reaches, states = run(encoder, streams, mel, counts, torch.tensor(slots))
     starts = [int(stream.state.frames[0]) for stream in streams]
@@ -201,6 +201,6 @@ def _adaptive(
         slots=slots,
         max_lookahead_frames=caps,
         ended=torch.tensor(ended),
+        consume=len(streams) > 1,  # several states were copied into one batch
     )
-    reaches = [tuple(row[:n]) for row, n in zip(output.reach.tolist(), output.frames.tolist(), strict=True)]
-    return output.encoded, reaches, state.rows()
+    return output.encoded, output.reach, state.rows()

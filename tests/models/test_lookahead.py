@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.lookahead import asked_frames, attention_bias, latency_loss, log_gates, settle, soft_reach
+from models.lookahead import (
+    Place,
+    asked_frames,
+    attention_bias,
+    latency_loss,
+    leading_positive,
+    log_gates,
+    run_ready,
+    settle,
+    soft_reach,
+)
 
 
 def naive_reach(asked: list[list[int]], cap: int) -> list[list[int]]:
@@ -44,12 +54,32 @@ def test_reach_is_that_of_the_definition(drawn: tuple[list[list[int]], int], cap
     reach = torch.arange(T)[None]
     deadline, whole = reach + cap, torch.tensor([T])
     for asked, expected in zip(layers, naive_reach(layers, cap), strict=True):
-        settled = settle(
-            torch.tensor([asked]), reach, deadline, arrived=whole, fed=whole, ended=torch.tensor([True]), frames=R
-        )
-        assert settled.known.all()
-        reach = settled.when.cummax(1).values
+        reach = settle(torch.tensor([asked]), reach, deadline, frames=whole, gates=R).reach
         assert reach[0].tolist() == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(decisions(), st.integers(0, 10), st.lists(st.integers(0, 4), max_size=8))
+def test_a_stream_decides_what_whole_inputs_do(drawn: tuple[list[list[int]], int], cap: int, counts: list[int]) -> None:
+    """However its frames arrive, and each frame as soon as it can."""
+    layers, R = drawn
+    before = list(range(len(layers[0])))
+    for asked, expected in zip(layers, naive_reach(layers, cap), strict=True):
+        places = [Place(a, reach, i + cap) for i, (a, reach) in enumerate(zip(asked, before, strict=True))]
+        queue, ran, at = [], [], 0
+        for count in [*counts, len(places)]:
+            queue += places[at : at + count]
+            at = min(at + count, len(places))
+            fed = len(places) if at == len(places) else places[at].reach  # no more than the next frame's, exclusive
+            now = run_ready(queue, ran[-1][1] if ran else 0, fed, ended=at == len(places))
+            queue = queue[len(now) :]
+            ran += now
+            assert len(queue) <= R
+        assert not queue and [reach for _, reach in ran] == expected
+        before_, cap_ = torch.tensor([before]), torch.arange(len(before))[None] + cap
+        whole = settle(torch.tensor([asked]), before_, cap_, frames=torch.tensor([len(before)]), gates=R)
+        assert [taken for taken, _ in ran] == whole.taken[0].tolist()
+        before = expected
 
 
 @settings(max_examples=80, deadline=None)
@@ -69,6 +99,7 @@ def test_cold_gates_are_the_hard_decision(rows: list[list[float]]) -> None:
     scores = torch.tensor(rows).round(decimals=2) + 0.005  # none on the fence
     open_ = log_gates(scores, 1e-4).exp().round().sum(-1).long()
     assert torch.equal(open_, asked_frames(scores))
+    assert open_.tolist() == [leading_positive(row) for row in scores.tolist()]
     warm = log_gates(scores, 1.0)
     assert (warm.diff(dim=-1) <= 0).all()
 
