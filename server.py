@@ -57,7 +57,6 @@ _DEFAULT_RATE_HZ: Final = 24_000  # what a client of OpenAI's protocol means whe
 _MAX_MESSAGE_BYTES: Final = 1 << 20
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
-_MAX_STEP_MS: Final = 2_000  # audio of one step, whose words are translated after it
 _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
 _SEND_TIMEOUT_S: Final = 20.0
 _DRAIN_TIMEOUT_S: Final = 5.0
@@ -148,8 +147,8 @@ class Stream:
                 needed_ms = event.emitted_ms
                 arrived = next((at for audio_ms, at in self._arrivals if audio_ms >= needed_ms), now)
                 timed[i] = replace(event, backlog_ms=round(1000 * (now - arrived)))
-        told_ms = self.session.decided_ms - _MAX_STEP_MS if self.session else 0
-        while self._arrivals and self._arrivals[0][0] < told_ms:
+        decided_ms = self.session.decided_ms if self.session else 0
+        while self._arrivals and self._arrivals[0][0] < decided_ms:
             self._arrivals.popleft()
         return timed
 

@@ -82,7 +82,7 @@ class _Agent:
 
 
 @entrypoint
-class TextAgent(_Agent, TextToTextAgent):
+class TextAgent(_Agent, TextToTextAgent):  # type: ignore[misc]
     """Words in, words out."""
 
     def begin(self) -> TextSession:
@@ -95,7 +95,7 @@ class TextAgent(_Agent, TextToTextAgent):
 
 
 @entrypoint
-class SpeechAgent(_Agent, SpeechToTextAgent):
+class SpeechAgent(_Agent, SpeechToTextAgent):  # type: ignore[misc]
     """Samples in, words out."""
 
     def __init__(self, args: Namespace) -> None:

@@ -432,7 +432,7 @@ def evaluate(
     with one_sentence():
         import torch
 
-        from client.evaluate import SpeechSet, read_all_sets, score, session_configs
+        from client.evaluate import SpeechSet, TextSet, read_all_sets, score, session_configs
         from client.evaluate_translation import log_name, translation_jobs
         from client.latency import write_log
         from client.progress import counted
@@ -455,40 +455,40 @@ def evaluate(
             log.mkdir(parents=True, exist_ok=True)
         if threads is not None:
             torch.set_num_threads(threads)
-        sets = read_all_sets(manifests, limit)
+        sets, languages = read_all_sets(manifests, limit), _languages(to)
         speech = [one for one in sets if isinstance(one, SpeechSet)]
+        to_translate = sets if languages else [one for one in sets if isinstance(one, TextSet)]
         recognizer = load_recognizer(model, device=device, dtype=dtype) if speech else None
-        interpreter = _load_translator(translator, device, dtype) if to or len(speech) < len(sets) else None
+        interpreter = _load_translator(translator, device, dtype) if to_translate else None
         decoders, policies = cast("list[Decoder]", decoder or ["rnnt"]), cast("list[Lookahead]", lookahead or [None])
         configs = session_configs(recognizer, decoders, max_lookahead_ms or [None], policies) if recognizer else []
         sizes = {"batch_size": batch_size, "replay": replay}
         pairs = [(one, config) for one in speech for config in configs]
-        jobs = (
-            []
-            if interpreter is None
-            else translation_jobs(
+        jobs, levels = [], [level.strip() for level in latency.split(",")]
+        if interpreter:
+            jobs = translation_jobs(
                 interpreter,
-                sets if to else [one for one in sets if one not in speech],
-                _languages(to),
-                [level.strip() for level in latency.split(",")],
+                to_translate,
+                languages,
+                levels,
                 recognizer=recognizer,
                 configs=configs,
                 spoken=spoken,
                 **sizes,
             )
-        )
         load_before = os.getloadavg()
         scores = [score(recognizer, one, config, **sizes) for one, config in counted(pairs) if recognizer]
         logged = [result for job in counted(jobs) for result in job()]
         translations = [result for result, _ in logged]
-        problems = list(dict.fromkeys(p for one in (*scores, *translations) for p in one.problems))  # each met often
+        met = [*(one.problems for one in scores), *(one.problems for one in translations)]
+        problems = list(dict.fromkeys(problem for some in met for problem in some))
         for problem in problems:
             complain(problem)
         conditions = Conditions.now(
             context.params,
             load_before,
-            model=recognizer and recognizer.name,
-            translator=interpreter and interpreter.name,
+            model=recognizer.name if recognizer else None,
+            translator=interpreter.name if interpreter else None,
         )
         if scores:
             print_scores(scores, conditions)

@@ -335,7 +335,7 @@ def _replay_text(
         session = TextSession(translator, [language], latency)
         deltas, costs = list[_Delta](), list[float]()
         words = told[i].source.split()
-        pushes = [*(partial(session.push, word) for word in words), session.finish]
+        pushes: list[Callable[[], list[Event]]] = [*(partial(session.push, word) for word in words), session.finish]
         for push, run in enumerate(pushes):
             events, cost_ms = _timed(run)
             read = min(push + 1, len(words))
@@ -497,7 +497,8 @@ def _replay_speech(
     for i in spread(range(len(utterances)), count):
         samples, session = open_session(recognizer, utterances[i].audio, config, translator)
         rate_hz = session.config.audio.sample_rate_hz
-        runs = [*(partial(session.push, piece) for piece in pieces(samples, rate_hz)), session.finish]
+        runs: list[Callable[[], list[Event]]] = [partial(session.push, piece) for piece in pieces(samples, rate_hz)]
+        runs.append(session.finish)
         begun_s = time.process_time()
         timed = [_timed(run) for run in runs]
         processor_s += time.process_time() - begun_s

@@ -121,20 +121,20 @@ def _signatures(scores: Sequence[TranslationScore]) -> Iterator[str]:
 
 
 def _translation_cells(score: TranslationScore) -> list[str]:
-    live = score.live
+    live, quality, from_text = score.live, score.quality, score.quality_from_text
     return [
         score.manifest,
         score.language,
         score.latency,
         str(score.segments),
         str(score.left_out),
-        _decimal(score.quality and score.quality.bleu),
-        _decimal(score.quality and score.quality.chrf),
-        _decimal(score.quality_from_text and score.quality_from_text.bleu),
+        _decimal(quality.bleu if quality else None),
+        _decimal(quality.chrf if quality else None),
+        _decimal(from_text.bleu if from_text else None),
         "/".join(map(_decimal, _lags(score.lag_words))),
         "/".join(map(_whole, _lags(score.lag_ms))),
-        _whole(live and live.lag_ms.laal),
-        _whole(live and live.total_lag_ms.laal),
+        _whole(live.lag_ms.laal if live else None),
+        _whole(live.total_lag_ms.laal if live else None),
         _NOTHING if score.delay is None else "/".join(map(_whole, (score.delay.p50_ms, score.delay.p95_ms))),
         _NOTHING if score.erasure is None else f"{score.erasure:.2f}",
         _NOTHING if live is None else "/".join(map(_decimal, (live.push_p50_ms, live.push_p95_ms))),
