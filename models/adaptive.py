@@ -3,7 +3,7 @@
 A cell is one frame in one layer. It is computed once, as soon as the frames that it asked for are there
 (:mod:`models.lookahead` says when that is), so each layer has a frontier of its own: behind it frames have run, before
 it some wait for their future. :func:`step` moves the frontiers of a batch of streams; :func:`encode_whole` computes the
-same numbers for whole inputs at once, and with soft gates it is the forward pass of training.
+same numbers for whole inputs at once, and with disturbed scores it is the forward pass of training.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from models.lookahead import (
     Place,
     asked_frames,
     attention_bias,
+    disturbed,
     leading_positive,
-    log_gates,
     run_ready,
     settle,
     soft_reach,
+    straight_through,
 )
 
 #: So many frames of a row enter a layer at once; its rings have room for them.
@@ -40,8 +41,8 @@ class Whole(NamedTuple):
 
     Attributes:
         encoded: ``[B, T, d_model]``.
-        reach: ``int64[B, T]``, the audio frame that each frame waits for if the gates are taken as they stand.
-        soft_reach: ``float[B, T]``, its expectation under soft gates.
+        reach: ``int64[B, T]``, the audio frame that each frame waits for.
+        soft_reach: ``float[B, T]``, the same with gradients.
     """
 
     encoded: Tensor
@@ -55,7 +56,7 @@ def encode_whole(
     *,
     slots: Tensor,
     max_lookahead_frames: Tensor,
-    temperature: float | None = None,
+    noise: float = 0.0,
 ) -> Whole:
     """Encodes whole inputs.
 
@@ -64,7 +65,7 @@ def encode_whole(
         mel: ``[B, 8T, mel_bins]``, as in :meth:`FastConformer.step`.
         slots: ``int64[B]`` on the host, real slots.
         max_lookahead_frames: ``int64[B]`` on the host, each row's cap on the reach, 0 and above.
-        temperature: Of soft gates; None for the hard decision.
+        noise: In training, how much the schedulers' scores are disturbed; see :mod:`models.lookahead`.
     """
     shape = encoder.shape(mel, torch.zeros_like(slots), slots)
     weights = encoder.weights()
@@ -78,14 +79,13 @@ def encode_whole(
     x = x.reshape(B * T, D)
     for w, positions in zip(weights, encoder.positions(weights, T - 1, 2 * T - 1), strict=True):
         assert w.scheduler is not None
-        scores = w.scheduler(x).view(B, T, -1)
+        scores = disturbed(w.scheduler(x).view(B, T, -1), noise)
         settled = settle(asked_frames(scores), reach, deadline, frames=frames, gates=config.gate_frames)
-        gates = log_gates(scores, temperature or 1.0)
-        furthest = settled.taken if temperature is None else settled.within.clamp(max=config.gate_frames)
-        visible = (ahead >= -config.left_context_frames) & (ahead <= furthest[:, :, None])
-        bias = None if temperature is None else attention_bias(gates, T)
+        gates = straight_through(scores)
+        visible = (ahead >= -config.left_context_frames) & (ahead <= settled.taken[:, :, None])
+        bias = attention_bias(gates, T) if torch.is_grad_enabled() else None  # of what is visible it is 0
         x = encoder.layer(x, w, positions, None, shape._replace(visible=visible[:, None], bias=bias))
-        soft = soft_reach(gates, soft, frames)
+        soft = torch.minimum(soft_reach(gates, soft, frames), deadline.float())
         reach = settled.reach
     return Whole(x.view(B, T, D), reach, soft)
 

@@ -5,8 +5,11 @@ arXiv 2305.04159), whose abstract claims that look-ahead chosen per frame and la
 the latency that it causes, costs fewer errors at the same latency than fixed look-ahead. The definition below is ours:
 
 *Gates.* A scheduler reads the frame's input to the layer and scores the next R frames. Gate ``j`` is the product of
-the first ``j`` scores' sigmoids, so gates never rise with distance. Training adds the logarithm of the gates to
-the attention's scores and sharpens the sigmoids as it goes on; inference counts the leading positive scores.
+the first ``j`` scores' sigmoids, so gates never rise with distance; a frame waits for as many as there are leading
+positive scores. Training disturbs the scores with less and less noise and decides by them in the same way, and sends
+gradients back as if the logarithms of the gates had been added to the attention's scores. (Soft gates in the forward
+pass, as one would try first, are leant on without being paid for: attention overcomes the logarithm of a gate of 0.2,
+whose expected delay is a fifth of a frame, and at inference that gate is closed.)
 
 *Reach.* A frame's reach is the number of the last audio frame that has to be there before it can run. A layer
 adds what it asks for; frames run in order, and a frame that attends to its past has to wait for what the past waited
@@ -29,8 +32,8 @@ from torch import Tensor, nn
 
 #: Reach of a frame that never comes.
 NOT_YET = 1 << 40
-#: No gate closes below this, so that a closed one still learns.
-SMALLEST_LOG_GATE = -14.0
+#: Logarithm of a gate that is closed.
+CLOSED_LOG_GATE = -30.0
 
 
 class Scheduler(nn.Module):
@@ -48,7 +51,7 @@ class Scheduler(nn.Module):
         self.hidden = nn.Linear(d_model, hidden)
         self.scores = nn.Linear(hidden, frames)
         nn.init.zeros_(self.scores.weight)
-        nn.init.constant_(self.scores.bias, 2.0)  # a young model looks ahead, and learns when it need not
+        nn.init.constant_(self.scores.bias, 0.3)  # a young model looks ahead now and then, and learns when to
 
     def forward(self, x: Tensor) -> Tensor:
         """``[…, d_model]`` to scores ``[…, frames]``; positive means wait for it."""
@@ -56,14 +59,32 @@ class Scheduler(nn.Module):
         return scores
 
 
-def log_gates(scores: Tensor, temperature: float) -> Tensor:
-    """Logarithms of the prefix gates, fp32, non-increasing along the last dimension.
+def disturbed(scores: Tensor, noise: float) -> Tensor:
+    """Scores with logistic noise, fp32: at a ``noise`` of 1 they are positive with the probability of their sigmoids.
 
     Args:
         scores: ``[…, R]``.
-        temperature: Above 0; towards 0 the gates become the hard decision.
+        noise: Scale of the noise; 0 leaves the scores as they are.
     """
-    return F.logsigmoid(scores.float() / temperature).cumsum(-1)
+    uniform = torch.rand_like(scores, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+    return scores.float() + noise * (uniform.log() - (-uniform).log1p())
+
+
+def log_gates(scores: Tensor) -> Tensor:
+    """Logarithms of the prefix gates, fp32, non-increasing along the last dimension; ``scores`` is ``[…, R]``."""
+    return F.logsigmoid(scores.float()).cumsum(-1)
+
+
+def straight_through(scores: Tensor) -> Tensor:
+    """Logarithms of gates that are open or closed, with the gradients of :func:`log_gates`.
+
+    The estimator is that of Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (arXiv
+    1308.3432, §4), on scores disturbed as in Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (arXiv
+    1611.01144, §2.2).
+    """
+    soft = log_gates(scores)
+    hard = torch.where((scores > 0).cumprod(-1).bool(), 0.0, CLOSED_LOG_GATE)
+    return hard + soft - soft.detach()
 
 
 def asked_frames(scores: Tensor) -> Tensor:
@@ -181,18 +202,5 @@ def attention_bias(log_gate: Tensor, keys: int) -> Tensor:
     """
     B, T, R = log_gate.shape
     ahead = torch.arange(keys, device=log_gate.device) - torch.arange(T, device=log_gate.device)[:, None]
-    by_distance = F.pad(log_gate.clamp(min=SMALLEST_LOG_GATE), (1, 0))
+    by_distance = F.pad(log_gate, (1, 0))
     return by_distance.gather(2, ahead.clamp(0, R).expand(B, T, keys))[:, None]
-
-
-def latency_loss(reach: Tensor, weight: Tensor, frames: Tensor) -> Tensor:
-    """Mean delay in frames, weighted by where something is emitted; waiting in silence is free.
-
-    Args:
-        reach: ``float[B, T]`` of the last layer's outputs.
-        weight: ``[B, T]``, probability that a frame emits; no gradient flows through it.
-        frames: ``int64[B]``, real frames of each row.
-    """
-    frame = torch.arange(reach.shape[1], device=reach.device)
-    weight = weight.detach() * (frame < frames[:, None])
-    return ((reach - frame) * weight).sum() / weight.sum().clamp(min=1e-6)

@@ -174,15 +174,19 @@ def test_a_cap_of_0_is_causal() -> None:
     assert reach.tolist() == list(range(40))
 
 
-def test_cold_soft_gates_are_the_hard_ones_and_warm_ones_learn() -> None:
+def test_training_without_noise_is_inference_and_with_noise_it_learns() -> None:
     net = tiny.net(tiny.config(layers=2, gates=GATES)).encoder.train()
     mel, rows = random_mel(200, 5), dict(slots=torch.tensor([200]), max_lookahead_frames=torch.tensor([6]))
     with torch.no_grad():
         hard = encode_whole(net, mel, **rows)
-        cold = encode_whole(net, mel, temperature=1e-5, **rows)
-    torch.testing.assert_close(cold.encoded, hard.encoded, atol=1e-3, rtol=1e-3)
-    warm = encode_whole(net, mel, temperature=1.0, **rows)
-    warm.encoded.square().sum().backward()
+    assert torch.equal(hard.soft_reach, hard.reach.float())
+    still = encode_whole(net, mel, **rows)
+    torch.testing.assert_close(still.encoded, hard.encoded, atol=1e-5, rtol=1e-5)
+    assert torch.equal(still.soft_reach, still.reach.float())
+    torch.manual_seed(0)
+    noisy = encode_whole(net, mel, noise=1.0, **rows)
+    assert not torch.equal(noisy.reach, hard.reach)
+    noisy.encoded.square().sum().backward()
     for layer in net.layers:
         assert layer.lookahead.scores.weight.grad.abs().sum() > 0
 

@@ -11,12 +11,13 @@ from models.lookahead import (
     Place,
     asked_frames,
     attention_bias,
-    latency_loss,
+    disturbed,
     leading_positive,
     log_gates,
     run_ready,
     settle,
     soft_reach,
+    straight_through,
 )
 
 
@@ -95,17 +96,28 @@ def test_soft_reach_of_gates_of_0_and_1_is_the_hard_one(drawn: tuple[list[list[i
 
 
 @given(st.lists(st.lists(st.floats(-4, 4), min_size=3, max_size=3), min_size=1, max_size=6))
-def test_cold_gates_are_the_hard_decision(rows: list[list[float]]) -> None:
-    scores = torch.tensor(rows).round(decimals=2) + 0.005  # none on the fence
-    open_ = log_gates(scores, 1e-4).exp().round().sum(-1).long()
+def test_gates_of_training_decide_as_inference_and_learn_as_sigmoids(rows: list[list[float]]) -> None:
+    scores = (torch.tensor(rows).round(decimals=2) + 0.005).requires_grad_()  # none on the fence
+    gates = straight_through(scores)
+    open_ = gates.exp().round().sum(-1).long()
     assert torch.equal(open_, asked_frames(scores))
     assert open_.tolist() == [leading_positive(row) for row in scores.tolist()]
-    warm = log_gates(scores, 1.0)
-    assert (warm.diff(dim=-1) <= 0).all()
+    (through,) = torch.autograd.grad(gates.sum(), scores)
+    (soft,) = torch.autograd.grad(log_gates(scores).sum(), scores)
+    assert torch.equal(through, soft)
+    assert (log_gates(scores).diff(dim=-1) <= 0).all()
+
+
+def test_disturbed_scores_are_positive_as_often_as_their_sigmoids_say() -> None:
+    torch.manual_seed(0)
+    scores = torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0])
+    often = (disturbed(scores.expand(40_000, 5), 1.0) > 0).float().mean(0)
+    torch.testing.assert_close(often, scores.sigmoid(), atol=0.01, rtol=0)
+    assert torch.equal(disturbed(scores, 0.0), scores)
 
 
 def test_bias_falls_on_the_future_only() -> None:
-    gates = log_gates(torch.randn(2, 5, 2), 1.0)
+    gates = log_gates(torch.randn(2, 5, 2))
     bias = attention_bias(gates, 5)[:, 0]
     for i in range(5):
         assert (bias[:, i, : i + 1] == 0).all()
@@ -114,16 +126,8 @@ def test_bias_falls_on_the_future_only() -> None:
                 assert torch.equal(bias[:, i, i + j], gates[:, i, j - 1])
 
 
-def test_waiting_in_silence_is_free_and_waiting_for_words_is_not() -> None:
-    reach = torch.tensor([[3.0, 3.0, 3.0, 3.0, 9.0]])
-    frames = torch.tensor([4])
-    assert latency_loss(reach, torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]]), frames).item() == 1.0
-    assert latency_loss(reach, torch.zeros(1, 5), frames).item() == 0.0
-
-
-def test_the_latency_loss_closes_gates() -> None:
+def test_a_cost_of_reach_closes_gates() -> None:
     scores = torch.full((1, 12, 3), 1.0, requires_grad=True)
-    reach = soft_reach(log_gates(scores, 1.0), torch.arange(12)[None].float(), torch.tensor([12]))
-    latency_loss(reach, torch.ones(1, 12), torch.tensor([12])).backward()
+    soft_reach(straight_through(scores), torch.arange(12)[None].float(), torch.tensor([12])).sum().backward()
     assert scores.grad is not None
     assert (scores.grad[0, :9] >= 0).all() and scores.grad.sum() > 0

@@ -77,10 +77,10 @@ class Recipe:
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
         latency_weight: What a frame of delay costs where a word is told, in nats (see
             :func:`training.asr.loss.transducer_loss`).
-        latency_from_step: Gates stand open until here, and the delay costs nothing.
-        hardening_steps: Over so many steps from there on, the gates' temperature falls from 1 to ``coldest``, and the
-            cost of the delay rises to its weight.
-        coldest: Temperature at which training sees nearly the hard gates of inference.
+        latency_from_step: Until here gates are as likely open as their sigmoids say, and the delay costs nothing.
+        hardening_steps: Over so many steps from there on, the noise on the gates' scores falls from 1 to
+            ``least_noise``, and the cost of the delay rises to its weight.
+        least_noise: With which training sees nearly the gates of inference.
         capped_share: Share of the utterances under a cap on the reach, drawn evenly from 0 … ``largest_cap``.
         largest_cap: Frames.
         chunked_share: Of a model with gates, the share of the utterances that are encoded in chunks all the same, so
@@ -110,7 +110,7 @@ class Recipe:
     latency_weight: float = 0.0
     latency_from_step: int = 2600
     hardening_steps: int = 3000
-    coldest: float = 0.1
+    least_noise: float = 0.1
     capped_share: float = 0.4
     largest_cap: int = 14
     chunked_share: float = 0.0
@@ -242,7 +242,7 @@ class Trainer:
         return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=-1)
 
     def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor]:
-        """Encoder frames, and the reach of each, soft in an adaptive model: ``float[B, T]``."""
+        """Encoder frames, and the reach of each, with gradients in an adaptive model: ``float[B, T]``."""
         if not self.net.encoder.config.adaptive:
             return self._encode_chunks(mel, slots, self.net.encoder.config.lookahead_frames, easy=easy)
         chunked = torch.rand(len(mel)) < self.recipe.chunked_share
@@ -261,8 +261,8 @@ class Trainer:
         if not easy:
             capped = torch.rand(B) < recipe.capped_share
             caps = torch.where(capped, torch.randint(recipe.largest_cap + 1, (B,)), caps)
-        temperature = recipe.coldest ** self._hardness()
-        whole = encode_whole(encoder, mel, slots=slots, max_lookahead_frames=caps, temperature=temperature)
+        noise = recipe.least_noise ** self._hardness()
+        whole = encode_whole(encoder, mel, slots=slots, max_lookahead_frames=caps, noise=noise)
         return whole.encoded, whole.soft_reach
 
     def _encode_chunks(
@@ -282,7 +282,7 @@ class Trainer:
         return ((reach.detach() - frame.to(reach.device)) * real).sum() / real.sum()
 
     def _hardness(self) -> float:
-        """From 0, when the gates are as soft as can be, to 1."""
+        """From 0, when the gates are as random as can be, to 1."""
         since = self.step - self.recipe.latency_from_step
         return min(1.0, max(0.0, since / self.recipe.hardening_steps))
 
@@ -431,6 +431,7 @@ def run(
     lookahead_frames: Annotated[
         list[int] | None, typer.Option(help="Look-aheads of a model for comparison; may be given several times.")
     ] = None,
+    latency_from_step: Annotated[int, typer.Option(help="Step from which delay costs and gates harden.")] = 2600,
     latency_weight: Annotated[float, typer.Option(help="Nats that a frame of delay costs where a word is told.")] = 0.0,
     chunked_share: Annotated[float, typer.Option(help="Share of utterances encoded in chunks; with gates.")] = 0.0,
     hardening_steps: Annotated[int, typer.Option(help="Steps in which gates become hard; with gates.")] = 3000,
@@ -445,7 +446,12 @@ def run(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:  # several processes under torchrun
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    recipe = Recipe(latency_weight=latency_weight, hardening_steps=hardening_steps, chunked_share=chunked_share)
+    recipe = Recipe(
+        latency_weight=latency_weight,
+        latency_from_step=latency_from_step,
+        hardening_steps=hardening_steps,
+        chunked_share=chunked_share,
+    )
     config = small_model_config(gates, width, lookahead_frames or ())
     trainer = Trainer(config, recipe, device, autocast=bf16, telling=word_beginnings(tokenizer))
     out.mkdir(parents=True, exist_ok=True)
