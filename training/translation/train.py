@@ -3,7 +3,8 @@
     python -m training.translation.train --packed packed --tokenizer tokenizer.model --valid corpus/dev.jsonl \
         --out run --steps 8000 --bf16
 
-The run goes on where it stopped if ``--out`` holds a checkpoint. The learning rate warms up, stays, and falls to
+The run goes on where it stopped if ``--out`` holds a checkpoint; with ``--init`` a new one starts from the weights of
+a model folder, with its tokenizer. The learning rate warms up, stays, and falls to
 zero over the last ``--decay-steps``; a run that was stopped in its flat part may be given other ``--steps``.
 Weights are averaged exponentially; the average is what is validated and exported.
 """
@@ -26,9 +27,10 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from client.normalize import normalize_transcript
+from models.folder import CONFIG, WEIGHTS, read_object, read_tensors, require_fit, required_file
 from models.llm import Llm
 from models.llm_config import LlmConfig
-from models.tokenizer import SentencePieceTokenizer
+from models.tokenizer import SENTENCEPIECE, SentencePieceTokenizer
 from training.translation.chunks import OFFLINE
 from training.translation.corpus import read_references
 from training.translation.data import WRITE, Batch, Encoder, Packed
@@ -38,6 +40,7 @@ from training.translation.validate import Task, validate
 logger = logging.getLogger(__name__)
 
 LATENCIES_TO_VALIDATE = (OFFLINE, "medium")
+_STARTS_FROM = "a run starts from the folder of a translator of our own family"
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,17 @@ class Trainer:
         torch.save(state, partial)
         os.replace(partial, file)
 
+    def start_from(self, folder: Path) -> None:
+        """Takes the weights of a model folder of the same shape; steps, optimisers and average start anew.
+
+        Raises:
+            DragomanError: ``model_not_found`` or ``bad_checkpoint``.
+        """
+        tensors = read_tensors(required_file(folder, WEIGHTS, _STARTS_FROM))
+        require_fit(self.net.state_dict(), tensors)
+        self.net.load_state_dict(tensors)
+        self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+
     def load(self, file: Path) -> None:
         """Goes on from a file that :meth:`save` wrote."""
         state = torch.load(file, map_location=self.device, weights_only=True)
@@ -225,10 +239,12 @@ def run(
     valid: Annotated[Path | None, typer.Option(help="Sentences with references to validate on.")] = None,
     valid_sentences: int = 150,
     valid_every_steps: int = 1000,
+    init: Annotated[Path | None, typer.Option(help="Model folder whose shape and weights a new run has.")] = None,
     width: Annotated[int, typer.Option(help="Of the model; a multiple of 64.")] = 256,
     layers: int = 8,
     batch_ids: Annotated[int, typer.Option(help="Padded ids of a batch.")] = Recipe.batch_ids,
     peak_lr: float = Recipe.peak_lr,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the batches.")] = Recipe.seed,
     threads: int = 2,
     device: str = "cpu",
     bf16: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
@@ -239,14 +255,17 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     data, pieces = Packed(packed), SentencePieceTokenizer(tokenizer.read_bytes())
     data.require_tokenizer(tokenizer)
-    recipe = Recipe(batch_ids=batch_ids, peak_lr=peak_lr)
-    config = translator_config(pieces.size, width, layers)
+    recipe = Recipe(seed=seed, batch_ids=batch_ids, peak_lr=peak_lr)
+    config = translator_config(pieces.size, width, layers) if init is None else _config_in(init, data)
     trainer = Trainer(config, recipe, Encoder(pieces).end_of_read, device, bf16=bf16)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "last.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
         logger.info("resumed at step %d", trainer.step)
+    elif init is not None:
+        trainer.start_from(init)
+        logger.info("started from %s", init)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
     n_parameters = sum(p.numel() for p in trainer.net.parameters())
     logger.info("%d sequences, %d ids, %.1f M parameters", len(data), data.n_ids, n_parameters / 1e6)
@@ -259,6 +278,12 @@ def run(
     except KeyboardInterrupt:
         trainer.save(checkpoint)
         logger.info("stopped at step %d; the same command goes on from there", trainer.step)
+
+
+def _config_in(folder: Path, data: Packed) -> LlmConfig:
+    """The shape of the model in a folder, whose tokenizer the sequences must have been made with."""
+    data.require_tokenizer(required_file(folder, SENTENCEPIECE, _STARTS_FROM))
+    return LlmConfig.from_hf(read_object(required_file(folder, CONFIG, _STARTS_FROM)))
 
 
 def _loop(

@@ -15,6 +15,8 @@ from torch import Tensor
 from models.llm import Llm
 from models.llm_config import LlmConfig
 from models.tokenizer import SentencePieceTokenizer
+from models.translator import TranslationConfig, save_translator
+from streaming.errors import DragomanError
 from tests import tiny
 from training.translation import data
 from training.translation.align import write_aligned
@@ -188,3 +190,31 @@ def test_the_command_trains_validates_and_resumes(tmp_path: Path, caplog: pytest
     go(4)
     assert "resumed at step 3" in caplog.text
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 4
+
+
+def test_a_new_run_starts_from_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, tokenizer = corpus(tmp_path)
+    old = trained(3, folder)
+    save_translator(
+        tmp_path / "model", CONFIG, {k: v.bfloat16() for k, v in old.average.items()}, tokenizer.read_bytes(),
+        TranslationConfig(),
+    )  # fmt: skip
+    new = trainer()
+    new.start_from(tmp_path / "model")
+    assert new.step == 0
+    for name, tensor in new.net.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, old.average[name].bfloat16().float(), rtol=0, atol=0)
+        torch.testing.assert_close(new.average[name], tensor, rtol=0, atol=0)
+    new.train_step(next(Packed(folder).batches(512, 2)), 1.0)  # the optimisers hold the weights that were taken over
+    assert not new.net.model.embed_tokens.weight.equal(old.average["model.embed_tokens.weight"].bfloat16().float())
+
+    caplog.set_level(logging.INFO)
+    run(folder, tokenizer, tmp_path / "run", steps=1, decay_steps=1, init=tmp_path / "model", batch_ids=256, threads=1)
+    assert "started from" in caplog.text
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["config"] == CONFIG.to_dict()
+    (tmp_path / "model" / "tokenizer.model").write_bytes(tiny.tokenizer())
+    with pytest.raises(DragomanError, match="pack them anew"):
+        run(folder, tokenizer, tmp_path / "another", init=tmp_path / "model")
+    with pytest.raises(DragomanError, match="do not fit the config"):
+        Trainer(dataclasses.replace(CONFIG, n_layers=3), RECIPE, 3, "cpu", bf16=False).start_from(tmp_path / "model")
