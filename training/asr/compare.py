@@ -13,11 +13,12 @@ its largest look-ahead.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jiwer
 import numpy as np
@@ -78,13 +79,14 @@ class _Heard:
     delays_ms: list[int]
 
 
-def read_run(run: Path, tokenizer: bytes, *, chunked: bool = False) -> Recognizer:
+def read_run(run: Path, tokenizer: bytes, *, chunked: bool = False, gate_bias: float = 0.0) -> Recognizer:
     """The averaged weights of a run, for inference.
 
     Args:
         run: Folder of the run.
         tokenizer: Its SentencePiece model.
         chunked: Whether a model with gates does without them and looks ahead in chunks.
+        gate_bias: Added to the scores of its gates: below 0 it waits less than it was trained to, above 0 more.
     """
     state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
     config, weights = ModelConfig.from_dict(state["config"]), state["average"]
@@ -92,22 +94,32 @@ def read_run(run: Path, tokenizer: bytes, *, chunked: bool = False) -> Recognize
         encoder = replace(config.encoder, gate_frames=0, lookahead_frames=CHUNK_LOOKAHEADS)
         config = replace(config, encoder=encoder)
         weights = {name: tensor for name, tensor in weights.items() if ".lookahead." not in name}
+    for name, tensor in weights.items():
+        if name.endswith(".lookahead.scores.bias"):
+            tensor += gate_bias
     net = RecognizerNet(config)
     net.load_state_dict(weights)
     return Recognizer(net, tokenizer)
 
 
-def measure(name: str, recognizer: Recognizer, speech: SpeechSet, ends_ms: list[list[int]]) -> Iterator[Point]:
-    """Scores a model at all its look-aheads.
+def measure(
+    name: str,
+    recognizer: Recognizer,
+    speech: SpeechSet,
+    ends_ms: list[list[int]],
+    lookaheads_ms: Sequence[int] | None = None,
+) -> Iterator[Point]:
+    """Scores a model at its look-aheads.
 
     Args:
         name: What it is called.
         recognizer: The model.
         speech: What it shall hear.
         ends_ms: Of every utterance, where the reference places the ends of its words.
+        lookaheads_ms: The look-aheads; None for all that the model knows.
     """
     references = [_words(utterance.text) for utterance in speech.utterances]
-    for config in session_configs(recognizer, ["rnnt"], recognizer.lookaheads_ms):
+    for config in session_configs(recognizer, ["rnnt"], lookaheads_ms or recognizer.lookaheads_ms):
         heard = _listen(recognizer, speech, config)
         errors = WordErrors.of([" ".join(words) for words in references], ["".join(ear.text) for ear in heard])
         delays_ms = [ms for ear in heard for ms in ear.delays_ms]
@@ -201,13 +213,16 @@ def _words(text: str) -> list[str]:
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
-    """Draws word error rate over both delays, a line for each run."""
+    """Draws word error rate over both delays, a line for each run; gates with other biases are one line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for name in dict.fromkeys(point.run for point in points):
-        own = sorted((p for p in points if p.run == name), key=lambda p: p.lookahead_ms)
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        lines.setdefault(re.sub(", gate_bias .*", ", other gate biases", point.run), []).append(point)
+    for name, own in lines.items():
+        own.sort(key=lambda point: point.delay_ms or 0.0)
         rates = [100 * p.wer for p in own]
         axes[0].plot([p.delay_ms or np.nan for p in own], rates, marker="o", label=name)
         axes[1].plot([p.reference_delay_ms or np.nan for p in own], rates, marker="o", label=name)
@@ -228,6 +243,9 @@ def main(
     chunked: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="A run with gates, to be scored without, in chunks.")
     ] = None,
+    gate_bias: Annotated[
+        list[float] | None, typer.Option(help="Also score the runs with this added to their gates' scores.")
+    ] = None,
     threads: int = 2,
 ) -> None:
     """Scores runs at all their look-aheads."""
@@ -236,16 +254,22 @@ def main(
     placing = load_recognizer(reference)
     ends_ms = reference_ends(placing, speech)
     points = [Point(**json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
-    for item, gateless in [*((item, False) for item in run), *((item, True) for item in chunked or ())]:
+    variants: list[tuple[str, dict[str, Any]]] = [(item, {}) for item in run]
+    variants += [(item, {"chunked": True}) for item in chunked or ()]
+    variants += [(item, {"gate_bias": bias}) for item in run for bias in gate_bias or ()]
+    for item, variant in variants:
         name, _, folder = item.partition("=")
+        name += "".join(f", {key} {value:g}" for key, value in variant.items())
         if name in {point.run for point in points}:
             continue
-        recognizer = read_run(Path(folder), (reference / "tokenizer.model").read_bytes(), chunked=gateless)
-        for point in measure(name, recognizer, speech, ends_ms):
+        recognizer = read_run(Path(folder), (reference / "tokenizer.model").read_bytes(), **variant)
+        # A bias is a look-ahead of its own; caps are for the model as it was trained.
+        lookaheads_ms = recognizer.lookaheads_ms[-1:] if "gate_bias" in variant else None
+        for point in measure(name, recognizer, speech, ends_ms, lookaheads_ms):
             points.append(point)
             with out.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(asdict(point)) + "\n")
-            typer.echo(f"{name}, {point.lookahead_ms} ms: {point}")
+            typer.echo(str(point))
     if picture is not None:
         draw(points, picture)
 

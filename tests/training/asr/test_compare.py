@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from client.evaluate import read_sets, score, session_configs
+from models.adaptive import encode_whole
 from models.config import FRAME_MS
 from models.recognizer import Recognizer
 from streaming.session import Session
@@ -94,6 +95,19 @@ def test_the_reference_finds_every_word_in_order(manifest: Path) -> None:
     (speech,) = read_sets([manifest])
     for ends in reference_ends(recognizer, speech):
         assert len(ends) == 4 and ends == sorted(ends) and ends[-1] > 0
+
+
+def test_a_bias_moves_what_the_gates_wait_for(tmp_path: Path) -> None:
+    Trainer(tiny.config(gates=2), Recipe(), "cpu", autocast=False).save(tmp_path / "last.pt")
+    audio = torch.randn(1, 160, 80), torch.tensor([160])
+
+    def reach(bias: float) -> list[int]:
+        encoder = read_run(tmp_path, tiny.tokenizer(), gate_bias=bias).net.encoder
+        whole = encode_whole(encoder, audio[0], slots=audio[1], max_lookahead_frames=torch.tensor([9]))
+        return whole.reach[0].tolist()
+
+    assert reach(-100.0) == list(range(20))
+    assert reach(100.0) == [min(19, i + 4) for i in range(20)]
 
 
 def test_the_picture_has_a_line_for_each_run(tmp_path: Path) -> None:
