@@ -79,7 +79,7 @@ class Draft:
         """The draft without a token after which nothing can be foreseen, and without what would follow it."""
         if end not in self.tokens:
             return self
-        index, tokens, parents = {ROOT: ROOT}, [], []
+        index, tokens, parents = {ROOT: ROOT}, list[int](), list[int]()
         for i, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
             if token != end and parent in index:
                 index[i] = len(tokens)

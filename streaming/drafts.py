@@ -1,0 +1,381 @@
+"""Guesses of what a translation says next, from what it has said: drafts for :mod:`models.speculative`.
+
+A drafter proposes tokens and is told what became of them. It may be wrong, and it may be shared by all sessions: what
+it proposes changes how many forwards a text takes and never the text. A write ends at an end token, after which the
+speaker decides what follows; so drafts end there too.
+
+The target side of a row is kept as a string with one character for each token: what stands before a place is a slice of
+it, and what has been said before is found by searching in it.
+
+- :class:`Repetition`: what stood after the last occurrence of the same tokens in the session.
+- :class:`NGrams`: what most often follows the last tokens, in the training targets and in what has been said.
+- :class:`Recycling`: the model's own best tokens from where it last had the same token; a chain or a tree.
+  (Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling",
+  arXiv 2408.08696.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from models.speculative import ROOT, Draft
+from streaming.errors import DragomanError
+
+#: Tokens of the target side that a row remembers.
+MAX_PAST_TOKENS: Final = 2048
+#: Longest context of the n-grams, in tokens.
+MAX_ORDER: Final = 3
+#: File of the n-grams of a model's training targets, in its folder.
+SEED: Final = "drafts.safetensors"
+#: Tokens that may follow a context, of which a store keeps count.
+_SUCCESSORS = 4
+
+#: What follows a context most often in the training targets, and how often it does, by context.
+Seed = Mapping[str, tuple[int, float]]
+
+
+def spelled(tokens: Iterable[int]) -> str:
+    """Tokens as a string with a character for each."""
+    return "".join(map(chr, tokens))
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a draft is to follow.
+
+    Attributes:
+        language: What is written.
+        past: The target side so far, :func:`spelled`, end tokens included.
+        end: The end token.
+    """
+
+    language: str
+    past: str
+    end: int
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A draft, and how sure its source is of it.
+
+    Attributes:
+        draft: The tokens, without an end token.
+        sure: For each the probability that it is right if its parents are, as its source sees it.
+        sources: For each the name of the drafter.
+    """
+
+    draft: Draft = field(default_factory=Draft)
+    sure: tuple[float, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(source: str, draft: Draft, sure: Sequence[float]) -> Proposal:
+        """A proposal of one drafter."""
+        return Proposal(draft, tuple(sure), (source,) * len(sure))
+
+    def first(self, k: int) -> Proposal:
+        """Its first ``k`` tokens."""
+        if k >= len(self.sure):
+            return self
+        return Proposal(Draft(self.draft.tokens[:k], self.draft.parents[:k]), self.sure[:k], self.sources[:k])
+
+    def after(self, source: str, token: int, sure: float) -> Proposal:
+        """The proposal behind one more token, from another source."""
+        parents = (ROOT, *(parent + 1 for parent in self.draft.parents))
+        return Proposal(Draft((token, *self.draft.tokens), parents), (sure, *self.sure), (source, *self.sources))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a proposal.
+
+    Attributes:
+        context: Where it was to follow.
+        accepted: The tokens that the model chose there, whether guessed or not; perhaps with an end token as the last.
+        rejected: The proposal's tokens that are not among them.
+        top_k: For each token of ``accepted`` the model's best tokens at its place; as many as drafters ask for.
+    """
+
+    context: Context
+    accepted: tuple[int, ...]
+    rejected: tuple[int, ...] = ()
+    top_k: tuple[tuple[int, ...], ...] = ()
+
+
+class Drafter(Protocol):
+    """A source of drafts. What it has learnt is its own, bounded, and no part of a session's state."""
+
+    @property
+    def name(self) -> str:
+        """What its drafts are counted under."""
+
+    @property
+    def top_k(self) -> int:
+        """How many of the model's best tokens it wants to be told."""
+
+    def propose(self, context: Context, k: int) -> Proposal:
+        """At most ``k`` tokens, perhaps none."""
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learns from what the model chose."""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What a session has said before; it learns nothing, since the context holds it all.
+
+    Attributes:
+        longest: Tokens that are looked for at most.
+        shortest: Fewer are no reason to expect a repetition.
+    """
+
+    longest: int = 6
+    shortest: int = 2
+    name: str = "repetition"
+    top_k: int = 0
+
+    def propose(self, context: Context, k: int) -> Proposal:
+        """See :class:`Drafter`."""
+        past = context.past
+        for n in range(min(self.longest, len(past) - 1), self.shortest - 1, -1):
+            if (at := past.rfind(past[-n:], 0, len(past) - 1)) >= 0:
+                tokens = [ord(c) for c in past[at + n : at + n + k].partition(chr(context.end))[0]]
+                return Proposal.of(self.name, Draft.chain(tokens), [n / (n + 1)] * len(tokens))
+        return Proposal()
+
+    def observe(self, outcome: Outcome) -> None:
+        """See :class:`Drafter`."""
+
+
+class _Generations:
+    """A map that forgets what has not been asked for or written for long: two halves, of which the older is dropped."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = max(1, limit // 2)
+        self._young: dict[str, Any] = {}
+        self._old: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    def get(self, key: str) -> Any:
+        """The value, or None; it counts as new again."""
+        found = self._young.get(key)
+        if found is None and (found := self._old.pop(key, None)) is not None:
+            self.put(key, found)
+        return found
+
+    def put(self, key: str, value: Any) -> None:
+        """Sets a value."""
+        if len(self._young) >= self._half and key not in self._young:
+            self._young, self._old = {}, self._young
+        self._old.pop(key, None)
+        self._young[key] = value
+
+
+class NGrams:
+    """What most often follows the last one, two or three tokens: counts of this engine's sessions over a fixed seed.
+
+    Args:
+        seeds: What the training targets say, for each language.
+        max_contexts: Of which counts are kept, for each language.
+    """
+
+    name = "n-grams"
+    top_k = 0
+
+    def __init__(self, seeds: Mapping[str, Seed] | None = None, *, max_contexts: int = 50_000) -> None:
+        self._seeds = dict(seeds or {})
+        self._counts: defaultdict[str, _Generations] = defaultdict(lambda: _Generations(max_contexts))
+
+    def propose(self, context: Context, k: int) -> Proposal:
+        """See :class:`Drafter`."""
+        before, tokens, sure = context.past[-MAX_ORDER:], list[int](), list[float]()
+        while len(tokens) < k:
+            token, probability = self._next(context.language, before)
+            if token < 0 or token == context.end:
+                break
+            tokens.append(token)
+            sure.append(probability)
+            before = (before + chr(token))[-MAX_ORDER:]
+        return Proposal.of(self.name, Draft.chain(tokens), sure)
+
+    def _next(self, language: str, before: str) -> tuple[int, float]:
+        """The most probable token; -1 if there is none. One that was seen once has a probability of a half."""
+        best, counts, seed = (-1, 0.0), self._counts[language], self._seeds.get(language, {})
+        for n in range(len(before), 0, -1):
+            key = before[-n:]
+            if (found := counts.get(key)) is not None:
+                token = max(found, key=found.__getitem__)
+                best = max(best, (token, found[token] / (sum(found.values()) + 1)), key=_probability)
+            if (seeded := seed.get(key)) is not None:
+                best = max(best, seeded, key=_probability)
+        return best
+
+    def observe(self, outcome: Outcome) -> None:
+        """See :class:`Drafter`."""
+        counts, before = self._counts[outcome.context.language], outcome.context.past[-MAX_ORDER:]
+        for token in outcome.accepted:
+            for n in range(1, len(before) + 1):
+                _count(counts, before[-n:], token)
+            before = (before + chr(token))[-MAX_ORDER:]
+
+
+def _probability(one: tuple[int, float]) -> float:
+    return one[1]
+
+
+def _count(counts: _Generations, key: str, token: int) -> None:
+    """Counts one more; where there is no room for another successor, all lose one (Misra and Gries, 1982)."""
+    if (found := counts.get(key)) is None:
+        counts.put(key, {token: 1})
+    elif token in found or len(found) < _SUCCESSORS:
+        found[token] = found.get(token, 0) + 1
+    else:
+        for other in list(found):
+            found[other] -= 1
+            if not found[other]:
+                del found[other]
+        if not found:
+            found[token] = 1
+
+
+class Recycling:
+    """The model's best tokens where it last had the same token before: a row of a matrix for each.
+
+    Args:
+        branches: How many of the best ones are followed at each depth. Ones make a chain, which alone pays on a CPU.
+        max_tokens: Rows that are kept, for each language.
+    """
+
+    name = "recycling"
+
+    def __init__(self, branches: Sequence[int] = (1,) * 8, *, max_tokens: int = 50_000) -> None:
+        self._branches = tuple(branches)
+        self.top_k = max(self._branches)
+        self._best: defaultdict[str, _Generations] = defaultdict(lambda: _Generations(max_tokens))
+
+    def propose(self, context: Context, k: int) -> Proposal:
+        """See :class:`Drafter`."""
+        tokens, parents, best = list[int](), list[int](), self._best[context.language]
+        level = [(ROOT, context.past[-1:])]
+        for width in self._branches:
+            following = []
+            for parent, before in level:
+                for token in (best.get(before) or ())[:width]:
+                    if token != context.end and len(tokens) < k:
+                        following.append((len(tokens), chr(token)))
+                        tokens.append(token)
+                        parents.append(parent)
+            level = following
+        return Proposal.of(self.name, Draft(tuple(tokens), tuple(parents)), [0.5] * len(tokens))
+
+    def observe(self, outcome: Outcome) -> None:
+        """See :class:`Drafter`."""
+        best, before = self._best[outcome.context.language], outcome.context.past[-1:]
+        for token, top in zip(outcome.accepted, outcome.top_k, strict=False):
+            if before:
+                best.put(before, top)
+            before = chr(token)
+
+
+# ----------------------------------------------------------------------------------------------------------- seeds
+
+
+def count_seed(texts: Iterable[Sequence[int] | np.ndarray], *, max_contexts: int = 100_000, min_count: int = 3) -> Seed:
+    """A seed from the target sides of a training set.
+
+    Args:
+        texts: Of one language, each a row's target side, end tokens included.
+        max_contexts: How many contexts are kept: those whose prediction comes true most often, of those that are surer
+            than the next shorter context is.
+        min_count: Contexts that are rarer are left out.
+    """
+    parts = [np.asarray(text, np.int64) for text in texts if len(text)]
+    if not parts:
+        return {}
+    flat, index = np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts])
+    at, shorter = np.arange(len(flat)), np.zeros(len(flat), np.int64)  # places, and the context before each
+    best, found = np.zeros(1), list[tuple[Any, Any, Any, Any]]()
+    for n in range(1, MAX_ORDER + 1):
+        at, shorter = at[index[at] >= n], shorter[index[at] >= n]
+        if not len(at):
+            break
+        # A context is the next shorter one and the token before it.
+        keys, first, contexts = np.unique(
+            shorter * (flat.max() + 1) + flat[at - n], return_index=True, return_inverse=True
+        )
+        total, (token, count) = np.bincount(contexts), _most_common(contexts, flat[at], len(keys))
+        sure, without = count / (total + 1), best[shorter[first]]
+        keeps = (total >= min_count) & ((sure > without + 0.05) | (n == 1))
+        best = np.where(keeps, sure, without)
+        starts = at[first[keeps]] - n
+        found.append((count[keeps] - without[keeps] * total[keeps], token[keeps], sure[keeps], (starts, n)))
+        shorter = contexts
+    entries = [
+        (gain, spelled(flat[start : start + n].tolist()), (token, probability))
+        for gains, tokens, sures, (starts, n) in found
+        for gain, token, probability, start in zip(*(a.tolist() for a in (gains, tokens, sures, starts)), strict=True)
+    ]
+    entries.sort(key=lambda entry: (-entry[0], entry[1]))
+    return {context: seeded for _, context, seeded in entries[:max_contexts]}
+
+
+def _most_common(contexts: np.ndarray, tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each context the token that follows it most often (of several the largest), and how often."""
+    vocabulary = tokens.max() + 1
+    pairs, counts = np.unique(contexts * vocabulary + tokens, return_counts=True)
+    owners, order = pairs // vocabulary, np.lexsort((counts, pairs // vocabulary))
+    last = order[np.searchsorted(owners[order], np.arange(size), side="right") - 1]
+    return pairs[last] % vocabulary, counts[last]
+
+
+def save_seeds(path: Path, seeds: Mapping[str, Seed]) -> None:
+    """Writes seeds beside a model: of each language and order the contexts, their tokens, and 255ths of certainty."""
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, Any] = {}
+    for language, seed in seeds.items():
+        for n in range(1, MAX_ORDER + 1):
+            contexts = [context for context in seed if len(context) == n]
+            ids = np.array([[ord(c) for c in context] for context in contexts], np.uint32).reshape(-1, n)
+            following = np.array([seed[context][0] for context in contexts], np.uint32)
+            both = np.concatenate([ids, following[:, None]], 1)
+            arrays[f"{language}.{n}.tokens"] = both.astype(
+                np.uint16 if not both.size or both.max() < 65536 else np.uint32
+            )
+            sure = np.array([seed[context][1] for context in contexts])
+            arrays[f"{language}.{n}.sure"] = np.floor(sure * 255).astype(np.uint8)
+    save_file(arrays, path)
+
+
+def load_seeds(folder: Path) -> dict[str, dict[str, tuple[int, float]]]:
+    """The seeds beside a model; none if the folder has none.
+
+    Raises:
+        DragomanError: ``bad_checkpoint`` if the file is not one of :func:`save_seeds`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not (path := folder / SEED).is_file():
+        return {}
+    seeds: dict[str, dict[str, tuple[int, float]]] = {}
+    try:
+        arrays = load_file(path)
+        for name in sorted(name for name in arrays if name.endswith(".tokens")):
+            language = name.split(".")[0]
+            sure = (arrays[name.removesuffix("tokens") + "sure"] / 255).tolist()
+            rows = arrays[name].tolist()
+            seeds.setdefault(language, {}).update(
+                (spelled(row[:-1]), (row[-1], one)) for row, one in zip(rows, sure, strict=True)
+            )
+    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
+        raise DragomanError("bad_checkpoint", f"{path} does not hold n-grams of training targets: {error}") from error
+    return seeds
