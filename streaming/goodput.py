@@ -1,0 +1,233 @@
+"""How long drafts should be: so long that a second of the machine brings the most tokens.
+
+What a draft brings is the sum over its tokens of the probability that it and those before it are right; what it costs
+is the time of a forward that reads it. Both are measured while the engine runs, since neither carries over from another
+text or machine. No draft is always among the choices, so that a loaded machine is not made slower.
+
+Source: Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (arXiv
+2406.14066).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from models.llm import Llm
+from models.speculative import ROOT
+from streaming.drafts import Proposal
+
+#: How much a new time moves the running median of its shape.
+_MEDIAN_STEP = 0.05
+#: Measurements of a shape that count as much as what the fit says of it.
+_FIT_WEIGHT = 8
+#: Guesses that count as much as what their source says of them, and after how many the old ones count half.
+_SOURCE_WEIGHT, _MEMORY = 10, 2000
+#: Of so many steps one tries another length, so that no measurement is too old.
+EXPLORE_EVERY: Final = 64
+
+
+class Shape(NamedTuple):
+    """What one forward computes.
+
+    Attributes:
+        rows: Of the batch.
+        tokens: New ones of each row, padding included.
+        keys: Slots of the longest row.
+    """
+
+    rows: int
+    tokens: int
+    keys: int
+
+
+@dataclass
+class _Measured:
+    shape: Shape
+    seconds: float
+    count: int = 1
+
+
+class Cost:
+    """Seconds of a forward: a line through what was measured, corrected where the shape itself has been.
+
+    The line has a constant, a part for each token and one for each key that is read. Shapes of the same batch and
+    number of tokens share a running median, which a few stalled forwards do not move.
+    """
+
+    def __init__(self) -> None:
+        self._measured: dict[tuple[int, int], _Measured] = {}
+        self._line = np.array([1.0, 0.05, 0.0])
+        self._new = 0
+
+    def copy(self) -> Cost:
+        """What is known now, to be learnt on from by itself."""
+        other = Cost()
+        other._measured = {key: replace(one) for key, one in self._measured.items()}
+        other._line = self._line.copy()
+        return other
+
+    def measured(self, shape: Shape, seconds: float) -> None:
+        """Learns what a forward took."""
+        key = _bucket(shape)
+        if (known := self._measured.get(key)) is None:
+            self._measured[key] = _Measured(shape, seconds)
+        else:
+            known.count += 1
+            step = max(_MEDIAN_STEP, 0.5 / known.count)
+            known.seconds *= 1 + step if seconds > known.seconds else 1 / (1 + step)
+            known.shape = shape
+        self._new += 1
+        if self._new >= min(32, len(self._measured)):
+            self._fit()
+            self._new = 0
+
+    def seconds(self, shape: Shape) -> float:
+        """What a forward is expected to take; before the first measurement, in units of a short one."""
+        line = self._on_line(shape)
+        if (known := self._measured.get(_bucket(shape))) is None:
+            return line
+        share = known.count / (known.count + _FIT_WEIGHT)
+        return line * math.pow(known.seconds / self._on_line(known.shape), share)
+
+    def _on_line(self, shape: Shape) -> float:
+        return max(float(self._line @ _features(shape)), 1e-9)
+
+    def _fit(self) -> None:
+        """Least squares of the relative error, without negative parts: what would be negative is left out."""
+        known = list(self._measured.values())
+        y = np.array([one.seconds for one in known])
+        weight = np.sqrt([min(one.count, 50) for one in known]) / y
+        X = np.array([_features(one.shape) for one in known])
+        parts = [0, 1, 2][: len(known)]
+        while parts:
+            found = np.linalg.lstsq(X[:, parts] * weight[:, None], y * weight, rcond=None)[0]
+            if (found >= 0).all():
+                self._line = np.zeros(3)
+                self._line[parts] = found
+                return
+            del parts[int(found.argmin())]
+
+
+def _features(shape: Shape) -> np.ndarray:
+    return np.array([1.0, shape.rows * shape.tokens, shape.rows * shape.keys])
+
+
+def _bucket(shape: Shape) -> tuple[int, int]:
+    """Shapes that share a median: small ones by themselves, large ones to within an eighth."""
+    return _rounded(shape.rows), _rounded(shape.tokens)
+
+
+def _rounded(n: int) -> int:
+    step = 1 << max(0, n.bit_length() - 4)
+    return n // step * step
+
+
+@torch.no_grad()
+def calibrated(llm: Llm, *, rows: Sequence[int] = (1, 4, 16), keys: int = 128, repeats: int = 3) -> Cost:
+    """The cost of a model on this machine, measured in less than a second for a small one."""
+    cost = Cost()
+    for n in rows:
+        for tokens in (1, 2, 3, 4, 5, 7, 9):
+            new, counts = torch.zeros(n, tokens, dtype=torch.int64), torch.full((n,), tokens)
+            cache = llm.init_state(n, capacity=keys + 16)
+            cache.lengths += keys
+            cache.next_positions += keys
+            for i in range(repeats + 1):
+                begun = time.perf_counter()
+                hidden, _ = llm.hidden(new, counts, cache)
+                llm.logits(hidden).argmax(-1).tolist()
+                if i:  # the first one may allocate
+                    cost.measured(Shape(n, tokens, keys + tokens), time.perf_counter() - begun)
+    return cost
+
+
+class Acceptance:
+    """How often guesses are right, for each source and how sure it was (in tenths)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], list[float]] = {}
+
+    def probability(self, source: str, sure: float) -> float:
+        """Of being right, if what was guessed before it was."""
+        right, count = self._seen.get((source, int(10 * sure)), (0.0, 0.0))
+        return (right + _SOURCE_WEIGHT * sure) / (count + _SOURCE_WEIGHT)
+
+    def observe(self, proposal: Proposal, path: Sequence[int]) -> None:
+        """Learns from the tokens whose parents were right: those on the path, and their children."""
+        right = {ROOT, *path}
+        for i, parent in enumerate(proposal.draft.parents):
+            if parent in right:
+                seen = self._seen.setdefault((proposal.sources[i], int(10 * proposal.sure[i])), [0.0, 0.0])
+                seen[0] += i in right
+                seen[1] += 1
+                if seen[1] > _MEMORY:
+                    seen[:] = seen[0] / 2, seen[1] / 2
+
+    def gains(self, proposal: Proposal) -> list[float]:
+        """For each token of a proposal the probability that it is committed."""
+        reached: list[float] = []
+        for source, sure, parent in zip(proposal.sources, proposal.sure, proposal.draft.parents, strict=True):
+            before = 1.0 if parent == ROOT else reached[parent]
+            reached.append(before * self.probability(source, sure))
+        return reached
+
+
+class Goodput:
+    """The controller: from proposals to drafts, for one engine.
+
+    Args:
+        cost: Of the model on this machine, from :func:`calibrated`; None to begin with a guess.
+
+    Attributes:
+        cost: It goes on learning.
+        acceptance: Of all sources.
+    """
+
+    def __init__(self, cost: Cost | None = None) -> None:
+        self.cost = cost or Cost()
+        self.acceptance = Acceptance()
+        self._steps = 0
+
+    def choose(
+        self, candidates: Sequence[Sequence[Proposal]], decided: Sequence[int], keys: int, *, longest: bool = False
+    ) -> list[Proposal]:
+        """The drafts of one step.
+
+        Args:
+            candidates: What the drafters propose for each row, perhaps nothing.
+            decided: Tokens that each row reads in any case.
+            keys: Slots of the longest row before the step.
+            longest: Whether to take the drafts whole, whatever they cost.
+
+        Returns:
+            For each row its best candidate, cut to the length at which tokens per second are highest.
+        """
+        best, gains = [], []
+        for proposals in candidates:
+            found = [(self.acceptance.gains(one), one) for one in proposals if one.sure]
+            gain, proposal = max(found, key=lambda one: sum(one[0]), default=([], Proposal()))
+            best.append(proposal)
+            gains.append([0.0, *accumulate(gain)])
+        if longest or not (most := max(len(proposal.sure) for proposal in best)):
+            return best
+        self._steps += 1
+        if self._steps % EXPLORE_EVERY == 0:
+            length = self._steps // EXPLORE_EVERY % (most + 1)
+        else:
+            rates = [self._rate(k, gains, decided, keys) for k in range(most + 1)]
+            length = rates.index(max(rates))
+        return [proposal.first(length) for proposal in best]
+
+    def _rate(self, k: int, gains: list[list[float]], decided: Sequence[int], keys: int) -> float:
+        """Tokens per second with drafts of at most ``k``: each row advances by one, and by what its draft brings."""
+        tokens = max(n + min(k, len(gain) - 1) for n, gain in zip(decided, gains, strict=True))
+        brought = sum(1 + gain[min(k, len(gain) - 1)] for gain in gains)
+        return brought / self.cost.seconds(Shape(len(gains), max(1, tokens), keys + tokens))

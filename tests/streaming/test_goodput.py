@@ -1,0 +1,130 @@
+"""The controller: costs and acceptance are found from measurements, and the choice is the best of all lengths."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.speculative import ROOT, Draft
+from streaming.drafts import Proposal
+from streaming.goodput import EXPLORE_EVERY, Acceptance, Cost, Goodput, Shape, calibrated
+from tests import tiny
+
+
+def machine(shape: Shape) -> float:
+    """A machine that has a fixed cost, and a step after three tokens."""
+    return 2e-3 + 2e-4 * shape.rows * shape.tokens + 1e-6 * shape.rows * shape.keys + 1e-3 * (shape.tokens > 3)
+
+
+def run_on(cost: Cost, steps: int, *, stalls: float = 0.0, seed: int = 0) -> None:
+    chance = random.Random(seed)
+    for _ in range(steps):
+        shape = Shape(chance.choice([1, 4, 16]), chance.randint(1, 6), chance.randint(20, 500))
+        stalled = 20.0 if chance.random() < stalls else 1.0
+        cost.measured(shape, machine(shape) * chance.uniform(0.95, 1.05) * stalled)
+
+
+@pytest.mark.parametrize("stalls", [0.0, 0.15])
+def test_a_cost_is_found_though_forwards_stall(stalls: float) -> None:
+    cost = Cost()
+    run_on(cost, 3000, stalls=stalls)
+    for shape in (Shape(1, 1, 200), Shape(1, 3, 200), Shape(1, 4, 200), Shape(4, 2, 300), Shape(16, 5, 100)):
+        assert cost.seconds(shape) == pytest.approx(machine(shape), rel=0.2)
+
+
+def test_a_shape_that_was_never_measured_lies_on_the_line() -> None:
+    cost = Cost()
+    run_on(cost, 2000)
+    for shape in (Shape(8, 2, 200), Shape(16, 12, 200)):
+        assert cost.seconds(shape) == pytest.approx(machine(shape), rel=0.35)
+    assert Cost().seconds(Shape(1, 2, 9)) > Cost().seconds(Shape(1, 1, 9)) > 0
+
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 900))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(shapes, st.floats(1e-6, 9)), max_size=90))
+def test_whatever_was_measured_costs_are_positive(measured: list[tuple[tuple[int, int, int], float]]) -> None:
+    cost = Cost()
+    for shape, seconds in measured:
+        cost.measured(Shape(*shape), seconds)
+        assert cost.seconds(Shape(*shape)) > 0 and cost.seconds(Shape(3, 3, 3)) > 0
+
+
+def test_a_slower_machine_is_noticed() -> None:
+    cost = Cost()
+    run_on(cost, 2000)
+    for _ in range(200):
+        cost.measured(Shape(1, 2, 100), 0.05)
+    assert cost.seconds(Shape(1, 2, 100)) == pytest.approx(0.05, rel=0.25)
+
+
+def test_the_cost_of_a_real_model_grows_with_the_batch() -> None:
+    cost = calibrated(tiny.translator(0).llm, rows=(1, 64), repeats=2)
+    assert cost.seconds(Shape(64, 9, 128)) > cost.seconds(Shape(1, 1, 128)) > 0
+
+
+def test_acceptance_is_of_guesses_whose_parents_were_right() -> None:
+    acceptance = Acceptance()
+    tree = Proposal(Draft((1, 4, 2, 5), (ROOT, ROOT, 0, 2)), (0.5, 0.5, 0.9, 0.9), ("a", "b", "a", "a"))
+    for _ in range(1000):
+        acceptance.observe(tree, [0])  # its child was wrong, and the child's child was never asked for
+    assert acceptance.probability("a", 0.5) > 0.98
+    assert acceptance.probability("b", 0.5) < 0.02
+    assert acceptance.probability("a", 0.95) == pytest.approx(0.0, abs=0.02)
+    assert acceptance.probability("c", 0.3) == pytest.approx(0.3)
+    gains = acceptance.gains(tree)
+    assert gains[0] > 0.98 and gains[3] == pytest.approx(gains[2] * acceptance.probability("a", 0.9))
+    for _ in range(9000):
+        acceptance.observe(tree, [1])
+    assert acceptance.probability("a", 0.5) < 0.1 and acceptance.probability("b", 0.5) > 0.9
+
+
+def chain(sure: list[float], source: str = "a") -> Proposal:
+    return Proposal.of(source, Draft.chain(range(len(sure))), sure)
+
+
+def test_a_draft_ends_where_it_costs_more_than_it_brings() -> None:
+    goodput = Goodput()
+    run_on(goodput.cost, 3000)
+    sure = chain([0.9] * 6)
+    [alone] = goodput.choose([[sure]], [1], 100)
+    assert len(alone.sure) > 3
+    assert not goodput.choose([[chain([0.01] * 6)]], [1], 100)[0].sure
+    # What has to be read anyway makes room for drafts of the others.
+    doubtful = chain([0.3] * 4)
+    short = goodput.choose([[doubtful], []], [1, 1], 100)
+    free = goodput.choose([[doubtful], []], [1, 9], 100)
+    assert len(free[0].sure) == 4 > len(short[0].sure)
+
+
+def test_the_best_source_is_the_one_that_was_right() -> None:
+    goodput = Goodput()
+    a, b = chain([0.5, 0.5], "a"), chain([0.5, 0.5], "b")
+    for _ in range(100):
+        goodput.acceptance.observe(a, [])
+        goodput.acceptance.observe(b, [0, 1])
+    [chosen] = goodput.choose([[a, b]], [1], 100)
+    assert set(chosen.sources) == {"b"}
+
+
+def test_drafts_go_as_the_load_rises_and_come_back_as_it_falls() -> None:
+    goodput = Goodput()
+    for rows in (1, 64):
+        for tokens in range(1, 6):
+            for _ in range(20):  # a machine whose forward is all computation once it has 64 rows
+                seconds = 1e-3 + (1e-6 if rows == 1 else 1e-4) * rows * tokens
+                goodput.cost.measured(Shape(rows, tokens, 100), seconds)
+    for rows, lengths in ((1, {4}), (64, {0}), (1, {4})):
+        drafts = goodput.choose([[chain([0.5] * 4)]] * rows, [1] * rows, 100)
+        assert {len(one.sure) for one in drafts} == lengths
+
+
+def test_other_lengths_are_tried_now_and_then() -> None:
+    goodput = Goodput()
+    lengths = [len(goodput.choose([[chain([0.001] * 3)]], [1], 9)[0].sure) for _ in range(8 * EXPLORE_EVERY)]
+    assert sum(map(bool, lengths)) == 6 and set(lengths) == {0, 1, 2, 3}
