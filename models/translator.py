@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Final, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from models.folder import CONFIG, read_object, required_file, write_model
 from models.llm import Llm, load_llm
 from models.llm_config import LlmConfig
-from models.tokenizer import SENTENCEPIECE, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from models.tokenizer import SENTENCEPIECE, ChatTemplate, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from streaming.errors import DragomanError
 
 Latency = Literal["low", "low-medium", "medium", "medium-high", "high", "offline"]
@@ -43,6 +44,7 @@ EAST_PROMPT: Final = (
 FALLBACK_PROMPT: Final = (
     "Translate the following {source_name} text into {target_name}. Answer with the translation only.\n\n{text}"
 )
+PROMPT_FIELDS: Final = ("source", "target", "latency", "source_name", "target_name", "text")
 _TEXT: Final = "\ue000"  # stands for the source until the prompt is rendered: no template knows it
 #: What a context must hold beside the prompt.
 MIN_ROOM_TOKENS: Final = 32
@@ -89,10 +91,16 @@ class TranslationConfig:
             raise _unsupported(f"translation's kind is {self.kind!r}; this engine knows 'interleaved'")
         if not self.sources or not self.targets:
             raise _unsupported("translation's sources and targets have to name a language each")
+        for name in ("sources", "targets", "latencies"):
+            if not isinstance(value := getattr(self, name), tuple):
+                raise _unsupported(f"translation's {name} is {value!r}; it has to be a list")
         if unknown := [latency for latency in self.latencies if latency not in LATENCIES]:
             raise _unsupported(f"translation's latencies have {unknown[0]!r}; known are {', '.join(LATENCIES)}")
-        if not 0.0 <= self.read_threshold <= 1.0:
-            raise _unsupported(f"translation's read_threshold is {self.read_threshold}; it is a probability, 0 to 1")
+        if not isinstance(self.read_threshold, float | int) or not 0.0 <= self.read_threshold <= 1.0:
+            raise _unsupported(f"translation's read_threshold is {self.read_threshold!r}; it is a probability, 0 to 1")
+        if not isinstance(self.max_context_tokens, int):
+            raise _unsupported(f"translation's max_context_tokens is {self.max_context_tokens!r}; it is a number")
+        _check_prompt(self.prompt)
         if self.casing not in ("any", "lower"):
             raise _unsupported(f"translation's casing is {self.casing!r}; it is 'any' or 'lower'")
 
@@ -169,7 +177,7 @@ class Translator:
         self.end_of_read, self.end_of_write = -1, -1
         if config.kind == "interleaved":
             self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
-        elif self._chat() is None:
+        elif _chat(tokenizer) is None:
             raise _unsupported(
                 f'model {self.name!r} has no "translation" in its config.json and no chat template, so that nothing'
                 " tells how it translates; use a model that was trained to interpret, or one that answers to a chat"
@@ -208,7 +216,7 @@ class Translator:
         self._require(latency, self.config.latencies, "unsupported_latency", "translate at the latency")
         level = next(known for known in LATENCIES if known == latency)
         direction = Direction(source, target, level)
-        prompt, answer = self._prompt(direction)
+        prompt, answer = prompt_ids(self.tokenizer, self.config, source, target, latency)
         used = len(prompt) + len(answer)
         if (room := self.config.max_context_tokens - used) < MIN_ROOM_TOKENS:
             raise _unsupported(
@@ -217,26 +225,9 @@ class Translator:
             )
         return dataclasses.replace(direction, prompt=prompt, answer=answer)
 
-    def _prompt(self, direction: Direction) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of the filled-in prompt, before the place of the source and after it."""
-        filled = self.config.prompt.format(
-            source=direction.source,
-            target=direction.target,
-            latency=direction.latency,
-            source_name=NAMES.get(direction.source, direction.source),
-            target_name=NAMES.get(direction.target, direction.target),
-            text=_TEXT,
-        )
-        chat = self._chat()
-        before, _, after = (filled if chat is None else chat.render(filled)).partition(_TEXT)
-        return self.tokenizer.encode_prompt(before), self.tokenizer.encode_prompt(after)
-
     def encode_word(self, word: str) -> tuple[int, ...]:
         """Ids of a source word, in the casing that the model knows."""
         return self.tokenizer.encode_word(word.lower() if self.config.casing == "lower" else word)
-
-    def _chat(self) -> Any:
-        return self.tokenizer.chat if isinstance(self.tokenizer, HuggingFaceTokenizer) else None
 
     def _symbol(self, symbol: str) -> int:
         found = self.tokenizer.id_of(symbol)
@@ -250,6 +241,27 @@ class Translator:
     def _require(self, value: str, known: tuple[str, ...], code: str, what: str) -> None:
         if value not in known:
             raise DragomanError(code, f"model {self.name!r} cannot {what} {value!r}; it knows {', '.join(known)}")
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, config: TranslationConfig, source: str, target: str, latency: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of the filled-in prompt, before the place of the source and after it."""
+    filled = config.prompt.format(
+        source=source,
+        target=target,
+        latency=latency,
+        source_name=NAMES.get(source, source),
+        target_name=NAMES.get(target, target),
+        text=_TEXT,
+    )
+    chat = _chat(tokenizer)
+    before, _, after = (filled if chat is None else chat.render(filled)).partition(_TEXT)
+    return tokenizer.encode_prompt(before), tokenizer.encode_prompt(after)
+
+
+def _chat(tokenizer: Tokenizer) -> ChatTemplate | None:
+    return tokenizer.chat if isinstance(tokenizer, HuggingFaceTokenizer) else None
 
 
 def load_translator(
@@ -298,6 +310,16 @@ def save_translator(
     """
     write_model(folder, {**llm.to_dict(), "translation": config.to_dict()}, weights)
     (folder / SENTENCEPIECE).write_bytes(tokenizer)
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+    except (TypeError, ValueError) as error:
+        raise _unsupported(f"translation's prompt is not a text with fields in braces: {error}") from error
+    if unknown := [name for name in fields if name not in PROMPT_FIELDS]:
+        known = ", ".join(PROMPT_FIELDS)
+        raise _unsupported(f"translation's prompt has the field {{{unknown[0]}}}; known are {known}")
 
 
 def _all_but(ids: list[int], size: int) -> Tensor:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter, defaultdict, deque
@@ -44,8 +45,8 @@ import typer
 from torch import Tensor
 
 from client.normalize import normalize_transcript
-from models.tokenizer import SentencePieceTokenizer
-from models.translator import END_OF_READ, END_OF_WRITE, OWN_PROMPT
+from models.tokenizer import SentencePieceTokenizer, Tokenizer
+from models.translator import END_OF_READ, END_OF_WRITE, TranslationConfig, prompt_ids
 from streaming.errors import DragomanError
 from training.translation.align import Links, read_aligned
 from training.translation.chunks import LEVEL_WORDS, OFFLINE, ChunkPair, chunk_pairs, is_uncut, smallest_chunks
@@ -249,14 +250,15 @@ class Encoder:
 
     Args:
         tokenizer: With the symbols of the format.
+        config: Says what a sequence begins with.
 
     Raises:
         DragomanError: ``bad_tokenizer`` if a symbol is missing.
     """
 
-    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: TranslationConfig | None = None) -> None:
         self.word: Callable[[str], tuple[int, ...]] = functools.cache(tokenizer.encode_word)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._config = tokenizer, config or TranslationConfig()
         self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
         self.unwritable = tokenizer.controls - {self.end_of_write}
 
@@ -271,8 +273,8 @@ class Encoder:
     def begin(self, language: str, latency: str) -> Interleaved:
         """The prompt."""
         sequence = Interleaved()
-        prompt = OWN_PROMPT.format(source="en", target=language, latency=latency)
-        sequence.add(self._tokenizer.encode_prompt(prompt), PROMPT)
+        prompt, _ = prompt_ids(self._tokenizer, self._config, "en", language, latency)
+        sequence.add(prompt, PROMPT)
         return sequence
 
     def add_chunks(self, sequence: Interleaved, chunks: Chunks, *, decides: bool = True) -> None:
@@ -359,6 +361,22 @@ class Writer:
         if not erroneous:
             return chunks
         return Chunks([self._errors(words, self._mix.word_error, rng) for words in chunks.source], chunks.target)
+
+
+def read_sentences(aligned: Path, limit: int | None = None) -> tuple[dict[str, list[Sentence]], Counter[str]]:
+    """The pairs of a file of ``training.translation.align``, cut, by language, and how often each spoken word occurs.
+
+    Args:
+        aligned: The file.
+        limit: Only so many pairs; None for all.
+    """
+    by_language: dict[str, list[Sentence]] = defaultdict(list)
+    words: Counter[str] = Counter()
+    for pair, links in itertools.islice(read_aligned(aligned), limit):
+        sentence = Sentence.of(pair, links)
+        by_language[pair.language].append(sentence)
+        words.update(word for part in sentence.spoken or [] for word in part)
+    return dict(by_language), words
 
 
 def read_recognised(file: Path) -> dict[str, list[str]]:
@@ -485,14 +503,7 @@ def run(
     mix = Mix(passes=passes, seed=seed)
     model = tokenizer.read_bytes()
     encoder = Encoder(SentencePieceTokenizer(model))
-    by_language: dict[str, list[Sentence]] = defaultdict(list)
-    words: Counter[str] = Counter()
-    for k, (pair, links) in enumerate(read_aligned(aligned)):
-        if limit is not None and k >= limit:
-            break
-        sentence = Sentence.of(pair, links)
-        by_language[pair.language].append(sentence)
-        words.update(word for part in sentence.spoken or [] for word in part)
+    by_language, words = read_sentences(aligned, limit)
     writer = Writer(encoder, mix, RecogniserErrors(words), read_recognised(recognised) if recognised else {})
     kinds: Counter[int] = Counter()
 

@@ -74,6 +74,17 @@ def interleaved_loss(
     return Losses(*fused)
 
 
+def logits_loss(
+    logits: Tensor, ids: Tensor, kinds: Tensor, end_of_read: int, *, source_weight: float, smoothing: float
+) -> Losses:
+    """The same losses where the logits ``[B, T, vocab_size]`` are there, as published models give them."""
+    following, wanted = kinds[:, 1:], ids[:, 1:]
+    judged = following != PROMPT
+    z = logits[:, :-1][judged].float()
+    terms = _terms(z, z.softmax(1), wanted[judged], following[judged], end_of_read, source_weight, smoothing)
+    return Losses(terms.sums[0], *terms.sums[1:].detach())
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.translation import loss
 from training.translation.data import PROMPT, READ_ON, SOURCE, WRITE
-from training.translation.loss import interleaved_loss
+from training.translation.loss import interleaved_loss, logits_loss
 
 END = 3
 
@@ -61,6 +61,14 @@ def test_fused_is_the_definition(seed: int, B: int, T: int, source_weight: float
     for value, expected in zip(found, (total.item(), write, source, decision), strict=True):
         assert abs(value.item() - expected) < 1e-4 * max(1.0, abs(expected))
     for x, y in zip(mine, wanted, strict=True):
+        assert x.grad is not None and y.grad is not None
+        torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-4, atol=1e-5)
+    # And so are the losses of logits.
+    whole = [x.detach().requires_grad_() for x in (hidden, matrix)]
+    losses = logits_loss(whole[0] @ whole[1].T, ids, kinds, END, source_weight=source_weight, smoothing=smoothing)
+    (losses.total * 0.5).backward()
+    torch.testing.assert_close([x.item() for x in losses], [x.item() for x in found], rtol=1e-4, atol=1e-4)
+    for x, y in zip(whole, wanted, strict=True):
         assert x.grad is not None and y.grad is not None
         torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-4, atol=1e-5)
 
