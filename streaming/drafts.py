@@ -8,7 +8,8 @@ The target side of a row is kept as a string with one character for each token: 
 it, and what has been said before is found by searching in it.
 
 - :class:`Repetition`: what stood after the last occurrence of the same tokens in the session.
-- :class:`NGrams`: what most often follows the last tokens, in the training targets and in what has been said.
+- :class:`NGrams`: what most often follows the last tokens, or a word of the source and the last token, in the training
+  set and in what has been said. The surest context decides.
 - :class:`Recycling`: the model's own best tokens from where it last had the same token; a chain or a tree.
   (Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling",
   arXiv 2408.08696.)
@@ -17,7 +18,7 @@ it, and what has been said before is found by searching in it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -31,13 +32,21 @@ from streaming.errors import DragomanError
 MAX_PAST_TOKENS: Final = 2048
 #: Longest context of the n-grams, in tokens.
 MAX_ORDER: Final = 3
-#: File of the n-grams of a model's training targets, in its folder.
+#: Stands in a context between a token of the source and the last one of the target; no token has its number.
+MARK: Final = chr(0x10FFFF)
+#: Tokens of the source that a draft may look at.
+MAX_SOURCE_TOKENS: Final = 64
+#: File of the n-grams of a model's training set, in its folder.
 SEED: Final = "drafts.safetensors"
 #: Tokens that may follow a context, of which a store keeps count.
 _SUCCESSORS = 4
+#: How much of a count is taken for chance, as Kneser and Ney do; about what held-out translations ask for.
+_DISCOUNT = 0.8
 
-#: What follows a context most often in the training targets, and how often it does, by context.
+#: What follows a context most often in the training set, and its share of what does, by context.
 Seed = Mapping[str, tuple[int, float]]
+#: One row of a training set: source and target of its chunks, ends of writes included.
+Chunks = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def spelled(tokens: Iterable[int]) -> str:
@@ -53,11 +62,13 @@ class Context:
         language: What is written.
         past: The target side so far, :func:`spelled`, end tokens included.
         end: The end token.
+        source: What is being written upon: the source's tokens since the last write, :func:`spelled`.
     """
 
     language: str
     past: str
     end: int
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,25 +191,28 @@ class _Generations:
 
 
 class NGrams:
-    """What most often follows the last one, two or three tokens: counts of this engine's sessions over a fixed seed.
+    """What most often follows a context: counts of this engine's sessions over a fixed seed.
+
+    Contexts are the last one, two or three tokens, and each token of the source with the last one.
 
     Args:
-        seeds: What the training targets say, for each language.
+        seeds: What the training set says, for each language.
         max_contexts: Of which counts are kept, for each language.
     """
 
     name = "n-grams"
     top_k = 0
 
-    def __init__(self, seeds: Mapping[str, Seed] | None = None, *, max_contexts: int = 50_000) -> None:
+    def __init__(self, seeds: Mapping[str, Seed] | None = None, *, max_contexts: int = 100_000) -> None:
         self._seeds = dict(seeds or {})
         self._counts: defaultdict[str, _Generations] = defaultdict(lambda: _Generations(max_contexts))
 
     def propose(self, context: Context, k: int) -> Proposal:
         """See :class:`Drafter`."""
         before, tokens, sure = context.past[-MAX_ORDER:], list[int](), list[float]()
+        sources = _sources(context)
         while len(tokens) < k:
-            token, probability = self._next(context.language, before)
+            token, probability = self._next(context.language, _keys(before, sources))
             if token < 0 or token == context.end:
                 break
             tokens.append(token)
@@ -206,14 +220,13 @@ class NGrams:
             before = (before + chr(token))[-MAX_ORDER:]
         return Proposal.of(self.name, Draft.chain(tokens), sure)
 
-    def _next(self, language: str, before: str) -> tuple[int, float]:
-        """The most probable token; -1 if there is none. One that was seen once has a probability of a half."""
+    def _next(self, language: str, keys: Iterable[str]) -> tuple[int, float]:
+        """The most probable token by the surest of the contexts; -1 if there is none."""
         best, counts, seed = (-1, 0.0), self._counts[language], self._seeds.get(language, {})
-        for n in range(len(before), 0, -1):
-            key = before[-n:]
+        for key in keys:
             if (found := counts.get(key)) is not None:
                 token = max(found, key=found.__getitem__)
-                best = max(best, (token, found[token] / (sum(found.values()) + 1)), key=_probability)
+                best = max(best, (token, _discounted(found[token], sum(found.values()))), key=_probability)
             if (seeded := seed.get(key)) is not None:
                 best = max(best, seeded, key=_probability)
         return best
@@ -221,10 +234,27 @@ class NGrams:
     def observe(self, outcome: Outcome) -> None:
         """See :class:`Drafter`."""
         counts, before = self._counts[outcome.context.language], outcome.context.past[-MAX_ORDER:]
+        sources = _sources(outcome.context)
         for token in outcome.accepted:
-            for n in range(1, len(before) + 1):
-                _count(counts, before[-n:], token)
+            for key in _keys(before, sources):
+                _count(counts, key, token)
             before = (before + chr(token))[-MAX_ORDER:]
+
+
+def _sources(context: Context) -> list[str]:
+    """The first halves of the contexts that look at the source."""
+    return [token + MARK for token in dict.fromkeys(context.source[-MAX_SOURCE_TOKENS:])]
+
+
+def _keys(before: str, sources: Sequence[str]) -> list[str]:
+    """The contexts of a place, whose last tokens are ``before``."""
+    last = before[-1:]
+    return [before[-n:] for n in range(len(before), 0, -1)] + ([source + last for source in sources] if last else [])
+
+
+def _discounted(count: int, total: int) -> float:
+    """Of what came so often: what was seen once is no more than a hint."""
+    return (count - _DISCOUNT) / total
 
 
 def _probability(one: tuple[int, float]) -> float:
@@ -288,43 +318,98 @@ class Recycling:
 # ----------------------------------------------------------------------------------------------------------- seeds
 
 
-def count_seed(texts: Iterable[Sequence[int] | np.ndarray], *, max_contexts: int = 100_000, min_count: int = 3) -> Seed:
-    """A seed from the target sides of a training set.
+def count_seed(rows: Iterable[Chunks], *, max_contexts: int = 100_000, min_count: int = 3) -> Seed:
+    """A seed from a training set.
 
     Args:
-        texts: Of one language, each a row's target side, end tokens included.
+        rows: Of one target language.
         max_contexts: How many contexts are kept: those whose prediction comes true most often, of those that are surer
-            than the next shorter context is.
+            than the last tokens, or fewer of them, are.
         min_count: Contexts that are rarer are left out.
     """
-    parts = [np.asarray(text, np.int64) for text in texts if len(text)]
-    if not parts:
+    targets, lengths, pairs = list[Any](), list[int](), list[Any]()
+    for row in rows:
+        targets += [np.asarray(target, np.int64) for _, target in row]
+        lengths.append(sum(len(target) for _, target in row))
+        pairs += [_with_source(source, target) for source, target in row if len(source) and len(target)]
+    if not targets:
         return {}
-    flat, index = np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts])
+    flat, index = np.concatenate(targets), np.concatenate([np.arange(length) for length in lengths])
+    seed = _Seed(flat, min_count)
     at, shorter = np.arange(len(flat)), np.zeros(len(flat), np.int64)  # places, and the context before each
-    best, found = np.zeros(1), list[tuple[Any, Any, Any, Any]]()
     for n in range(1, MAX_ORDER + 1):
         at, shorter = at[index[at] >= n], shorter[index[at] >= n]
-        if not len(at):
-            break
-        # A context is the next shorter one and the token before it.
-        keys, first, contexts = np.unique(
-            shorter * (flat.max() + 1) + flat[at - n], return_index=True, return_inverse=True
-        )
-        total, (token, count) = np.bincount(contexts), _most_common(contexts, flat[at], len(keys))
-        sure, without = count / (total + 1), best[shorter[first]]
-        keeps = (total >= min_count) & ((sure > without + 0.05) | (n == 1))
-        best = np.where(keeps, sure, without)
-        starts = at[first[keeps]] - n
-        found.append((count[keeps] - without[keeps] * total[keeps], token[keeps], sure[keeps], (starts, n)))
-        shorter = contexts
-    entries = [
-        (gain, spelled(flat[start : start + n].tolist()), (token, probability))
-        for gains, tokens, sures, (starts, n) in found
-        for gain, token, probability, start in zip(*(a.tolist() for a in (gains, tokens, sures, starts)), strict=True)
-    ]
-    entries.sort(key=lambda entry: (-entry[0], entry[1]))
-    return {context: seeded for _, context, seeded in entries[:max_contexts]}
+        if len(at):
+            # A context is the next shorter one and the token before it.
+            shorter = seed.count(shorter, flat[at - n], n, at)
+    if pairs:
+        seed.count_pairs(*np.concatenate(pairs, 1))
+    return seed.best(max_contexts)
+
+
+def _with_source(source: Sequence[int], target: Sequence[int]) -> np.ndarray:
+    """Every token of a chunk's source with each token of its target and the one before, ``int64[3, N]``."""
+    sources, tokens = np.unique(np.asarray(source, np.int64))[:MAX_SOURCE_TOKENS], np.asarray(target, np.int64)
+    shape = (len(sources), len(tokens))
+    # Before the first token is the end of the chunk before, and the last one is an end.
+    both = np.broadcast_to(sources[:, None], shape), np.broadcast_to(np.roll(tokens, 1), shape)
+    return np.stack([one.reshape(-1) for one in (*both, np.broadcast_to(tokens, shape))])
+
+
+class _Seed:
+    """Contexts that say more than shorter ones, and how many more guesses they get right."""
+
+    def __init__(self, flat: np.ndarray, min_count: int) -> None:
+        self._flat, self._min_count = flat, min_count
+        self._size = int(flat.max()) + 1
+        self._best = np.zeros(1)  # certainty of the surest context, for each of the present order
+        self._by_token = np.zeros(self._size)  # and for each last token
+        self._found: list[tuple[float, str, tuple[int, float]]] = []
+
+    def count(self, shorter: np.ndarray, older: np.ndarray, n: int, at: np.ndarray) -> np.ndarray:
+        """Counts all contexts of ``n`` tokens; the index of each place's context."""
+        _, first, contexts = np.unique(shorter * self._size + older, return_index=True, return_inverse=True)
+
+        def spell(i: int) -> str:
+            end = int(at[first[i]])
+            return spelled(self._flat[end - n : end].tolist())
+
+        self._best = self._add(contexts, self._flat[at], self._best[shorter[first]], spell, 0.05 if n > 1 else -1.0)
+        if n == 1:
+            self._by_token[older[first]] = self._best
+        return contexts
+
+    def count_pairs(self, sources: np.ndarray, before: np.ndarray, following: np.ndarray) -> None:
+        """Counts all contexts of a source's token and the last one."""
+        keys, contexts = np.unique(sources * self._size + before, return_inverse=True)
+
+        def spell(i: int) -> str:
+            source, last = divmod(int(keys[i]), self._size)
+            return chr(source) + MARK + chr(last)
+
+        self._add(contexts, following, self._by_token[keys % self._size], spell, 0.1)
+
+    def _add(
+        self,
+        contexts: np.ndarray,
+        following: np.ndarray,
+        without: np.ndarray,
+        spell: Callable[[int], str],
+        margin: float,
+    ) -> np.ndarray:
+        """Keeps the contexts that are surer by a margin; the certainty of each with what is shorter."""
+        total, (token, count) = np.bincount(contexts), _most_common(contexts, following, len(without))
+        sure = (count - _DISCOUNT) / total
+        keeps = (total >= self._min_count) & (sure > without + margin)
+        gain = count - without * total
+        for i in np.flatnonzero(keeps).tolist():
+            self._found.append((float(gain[i]), spell(i), (int(token[i]), float(sure[i]))))
+        return np.where(keeps, sure, without)
+
+    def best(self, contexts: int) -> Seed:
+        """Those that gain most."""
+        self._found.sort(key=lambda one: (-one[0], one[1]))
+        return {context: seeded for _, context, seeded in self._found[:contexts]}
 
 
 def _most_common(contexts: np.ndarray, tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -337,21 +422,23 @@ def _most_common(contexts: np.ndarray, tokens: np.ndarray, size: int) -> tuple[n
 
 
 def save_seeds(path: Path, seeds: Mapping[str, Seed]) -> None:
-    """Writes seeds beside a model: of each language and order the contexts, their tokens, and 255ths of certainty."""
+    """Writes seeds beside a model.
+
+    For each language and kind of context (``1``, ``2`` and ``3`` tokens, ``source``) there are two arrays: ``tokens``,
+    whose rows are a context and what follows it, and ``sure``, in 255ths.
+    """
     from safetensors.numpy import save_file
 
     arrays: dict[str, Any] = {}
     for language, seed in seeds.items():
-        for n in range(1, MAX_ORDER + 1):
-            contexts = [context for context in seed if len(context) == n]
-            ids = np.array([[ord(c) for c in context] for context in contexts], np.uint32).reshape(-1, n)
-            following = np.array([seed[context][0] for context in contexts], np.uint32)
-            both = np.concatenate([ids, following[:, None]], 1)
-            arrays[f"{language}.{n}.tokens"] = both.astype(
-                np.uint16 if not both.size or both.max() < 65536 else np.uint32
-            )
+        kinds: defaultdict[str, list[str]] = defaultdict(list)
+        for context in seed:
+            kinds["source" if MARK in context else str(len(context))].append(context)
+        for kind, contexts in kinds.items():
+            rows = np.array([[ord(c) for c in context if c != MARK] + [seed[context][0]] for context in contexts])
             sure = np.array([seed[context][1] for context in contexts])
-            arrays[f"{language}.{n}.sure"] = np.floor(sure * 255).astype(np.uint8)
+            arrays[f"{language}.{kind}.tokens"] = rows.astype(np.uint16 if rows.max() < 1 << 16 else np.uint32)
+            arrays[f"{language}.{kind}.sure"] = np.floor(sure * 255).astype(np.uint8)
     save_file(arrays, path)
 
 
@@ -370,11 +457,12 @@ def load_seeds(folder: Path) -> dict[str, dict[str, tuple[int, float]]]:
     try:
         arrays = load_file(path)
         for name in sorted(name for name in arrays if name.endswith(".tokens")):
-            language = name.split(".")[0]
+            language, kind, _ = name.split(".")
             sure = (arrays[name.removesuffix("tokens") + "sure"] / 255).tolist()
-            rows = arrays[name].tolist()
+            mark = MARK if kind == "source" else ""
             seeds.setdefault(language, {}).update(
-                (spelled(row[:-1]), (row[-1], one)) for row, one in zip(rows, sure, strict=True)
+                (mark.join(map(chr, row[:-1])), (row[-1], one))
+                for row, one in zip(arrays[name].tolist(), sure, strict=True)
             )
     except (SafetensorError, KeyError, ValueError, OverflowError) as error:
         raise DragomanError("bad_checkpoint", f"{path} does not hold n-grams of training targets: {error}") from error
