@@ -23,6 +23,8 @@ from streaming.errors import DragomanError
 SENTENCEPIECE = "tokenizer.model"
 HUGGING_FACE = "tokenizer.json"
 SPACE = "▁"
+#: Languages without spaces between words; what is whole in UTF-8 counts as a word.
+UNSPACED = ("ja", "zh")
 #: A "word" is cut here, so that no single one can fill a model's context.
 MAX_WORD_IDS = 64
 _CACHED_WORDS = 16_384
@@ -62,6 +64,15 @@ def encode_words(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of ids, its leading space included; what is not UTF-8 becomes U+FFFD."""
     return b"".join(tokenizer.bytes_of(token) for token in ids).decode("utf-8", errors="replace")
+
+
+def begins_word(tokenizer: Tokenizer, language: str, before: Sequence[int], token: int) -> bool:
+    """Whether a token that stands behind others of its text begins a word of a language."""
+    if not before:
+        return True
+    if language in UNSPACED:
+        return not decode(tokenizer, before).endswith("\ufffd")
+    return tokenizer.bytes_of(token)[:1] in (b" ", b"\n")
 
 
 class SentencePieceTokenizer:

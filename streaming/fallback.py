@@ -25,10 +25,10 @@ from typing import Final
 import torch
 
 from models.kv_cache import KvCache
-from models.tokenizer import decode
+from models.tokenizer import UNSPACED, begins_word, decode
 from models.translator import Direction, Latency, Policy, Translator
 from streaming.glossary import Glossary
-from streaming.translation import BatchState, SourceWord, TranslatedChunk, looping, source_words
+from streaming.translation import BatchState, SourceWord, TranslatedChunk, looping, source_words, stepped
 
 #: Words that wait-k waits for.
 WAIT_WORDS: Final[Mapping[Latency, int]] = {
@@ -38,8 +38,6 @@ WAIT_WORDS: Final[Mapping[Latency, int]] = {
 AGREEMENT_WORDS: Final[Mapping[Latency, int]] = {
     "low": 1, "low-medium": 2, "medium": 3, "medium-high": 4, "high": 6,
 }  # fmt: skip
-#: Languages without spaces between words; what is whole in UTF-8 counts as a word.
-UNSPACED: Final = ("ja", "zh")
 
 
 @dataclass(frozen=True)
@@ -118,30 +116,27 @@ class Fallback:
 
     def ready(self, state: FallbackState) -> bool:
         """Whether a step would advance any row."""
-        return any(row.busy for row in state.rows)
+        return state.busy
 
     def step(
         self, states: Sequence[FallbackState], *, max_forwards: int = 1
     ) -> tuple[list[list[TranslatedChunk]], list[FallbackState]]:
         """Advances the rows of several sessions; see :meth:`streaming.translation.Interleaved.step`."""
-        state = FallbackState.cat(states)
-        owners = [(i, row) for i, one in enumerate(states) for row in range(len(one.rows))]
-        chunks: list[list[TranslatedChunk]] = [[] for _ in states]
-        for _ in range(max_forwards):
-            state = replace(state, rows=tuple(self._read(row) for row in state.rows))
-            if not self.ready(state):
-                break
-            tokens, cache = self._next_tokens(state)
-            rows = []
-            for (owner, index), row, token in zip(owners, state.rows, tokens, strict=True):
-                chunk = None
-                if row.draft is not None:
-                    row, chunk = self._after_token(replace(row, cached=row.sequence()), row.draft, token)
-                rows.append(row)
+        return stepped(states, self._forward, max_forwards)
+
+    def _forward(self, state: FallbackState) -> tuple[list[tuple[int, TranslatedChunk]], FallbackState]:
+        state = replace(state, rows=tuple(self._read(row) for row in state.rows))
+        if all(row.draft is None for row in state.rows):
+            return [], state
+        tokens, cache = self._next_tokens(state)
+        rows, finished = [], []
+        for b, (row, token) in enumerate(zip(state.rows, tokens, strict=True)):
+            if row.draft is not None:
+                row, chunk = self._after_token(replace(row, cached=row.sequence()), row.draft, token)
                 if chunk is not None:
-                    chunks[owner].append(replace(chunk, row=index))
-            state = FallbackState(tuple(rows), cache)
-        return chunks, state.split([len(one.rows) for one in states])
+                    finished.append((b, chunk))
+            rows.append(row)
+        return finished, FallbackState(tuple(rows), cache)
 
     def _read(self, row: FallbackRow) -> FallbackRow:
         """Reads words, which costs nothing, up to the one after which the row has to write."""
@@ -197,9 +192,9 @@ class Fallback:
 
     def _is_enough(self, row: FallbackRow, draft: tuple[int, ...], token: int) -> bool:
         """Wait-k: whether the token would begin a word more than is allowed."""
-        if self.policy != "wait-k" or row.closes or not self._begins_word(row, row.shown + draft, token):
-            return False
         whole = row.shown + draft
+        if self.policy != "wait-k" or row.closes or not self._begins_word(row, whole, token):
+            return False
         starts = sum(self._begins_word(row, whole[:i], whole[i]) for i in range(len(whole)))
         return starts > len(row.segment) - WAIT_WORDS[row.direction.latency]
 
@@ -214,11 +209,7 @@ class Fallback:
         return whole[len(row.shown) : n]
 
     def _begins_word(self, row: FallbackRow, before: tuple[int, ...], token: int) -> bool:
-        if not before:
-            return True
-        if row.direction.target in UNSPACED:
-            return not decode(self.translator.tokenizer, before).endswith("\ufffd")
-        return self.translator.tokenizer.bytes_of(token)[:1] in (b" ", b"\n")
+        return begins_word(self.translator.tokenizer, row.direction.target, before, token)
 
     def _showing(self, row: FallbackRow, ids: tuple[int, ...]) -> tuple[FallbackRow, TranslatedChunk | None]:
         """The row when these tokens are shown, and their chunk, if there is anything to tell."""

@@ -1,7 +1,7 @@
 """Terms whose translation a session's owner has fixed.
 
 A glossary is ``{source term: {language: target term}}``. A term of one or more words occurs where its words stand side
-by side in the source, whatever their case and the punctuation around them.
+by side in the source, whatever their case and the punctuation around them; of terms within each other, the longest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.tokenizer import encode_words
+from models.tokenizer import UNSPACED, encode_words
 from models.translator import Translator
 from streaming.errors import DragomanError
 
@@ -22,25 +22,23 @@ MAX_TERM_WORDS = 8
 
 @dataclass(frozen=True)
 class Term:
-    """One entry, for one target language.
+    """The translation of a term into one language.
 
     Attributes:
-        words: The source term's words, as :func:`word_key` makes them.
-        text: The target term.
-        ids: Its ids, as the model writes it.
+        ids: As the model writes it.
+        pattern: Finds it where it begins at the beginning of a word.
     """
 
-    words: tuple[str, ...]
-    text: str
     ids: tuple[int, ...]
-
-    def ends(self, words: Sequence[str]) -> bool:
-        """Whether the last of these words complete the term."""
-        return tuple(words[-len(self.words) :]) == self.words
+    pattern: re.Pattern[str]
 
     def stands_in(self, text: str) -> bool:
-        """Whether the target term begins at the beginning of a word of the text."""
-        return re.search(rf"(?<!\w){re.escape(self.text)}", text, re.IGNORECASE) is not None
+        """Whether a text has it."""
+        return self.pattern.search(text) is not None
+
+
+#: The entries for one language, by the source term's words as :func:`word_key` makes them.
+Terms = Mapping[tuple[str, ...], Term]
 
 
 def word_key(word: str) -> str:
@@ -67,14 +65,40 @@ def check_glossary(glossary: Any) -> None:
                 raise _bad(f"the glossary's {term!r} needs terms of 1 to {MAX_TERM_WORDS} words, not {side!r}")
 
 
-def terms(glossary: Glossary, target: str, translator: Translator) -> tuple[Term, ...]:
+def terms(glossary: Glossary, target: str, translator: Translator) -> Terms:
     """The entries of a glossary that :func:`check_glossary` has passed for one target language."""
-    entries = []
+    entries = {}
     for source, targets in glossary.items():
         if target in targets:
             text = " ".join(targets[target].split())
-            entries.append(Term(tuple(map(word_key, source.split())), text, encode_words(translator.tokenizer, text)))
-    return tuple(entry for entry in entries if entry.ids)
+            pattern = re.compile(("" if target in UNSPACED else r"(?<!\w)") + re.escape(text), re.IGNORECASE)
+            if ids := encode_words(translator.tokenizer, text):
+                entries[tuple(map(word_key, source.split()))] = Term(ids, pattern)
+    return entries
+
+
+def occurring(terms: Terms, words: Sequence[str], start: int) -> tuple[Term, ...]:
+    """Terms that occur in a text and end with its word ``start`` or later, each once, in their order.
+
+    What occurs within a longer term is not meant by itself.
+
+    Args:
+        terms: The entries.
+        words: As :func:`word_key` makes them.
+        start: Index of a word.
+    """
+    if not terms:
+        return ()
+    found: dict[Term, None] = {}
+    covered = 0  # where the longest term so far has ended: one that ends before, or there, is within it
+    for first in range(len(words)):
+        for end in range(min(len(words), first + MAX_TERM_WORDS), covered, -1):
+            if end > first and (term := terms.get(tuple(words[first:end]))):
+                covered = end
+                if end > start:
+                    found[term] = None
+                break
+    return tuple(found)
 
 
 def _bad(sentence: str) -> DragomanError:

@@ -22,29 +22,30 @@ reading word by word, and no row's depends on the others.
 - *Glossary*: a term is due in the chunk in which its last word was read. If the finished chunk does not have it, the
   write goes back to the place at which the term costs the model least, takes it as if the model had written it, and
   goes on from there. Places are those at which the model itself began a word, or ended; the cost of a place is how much
-  less likely the term's first token was there than the model's own choice.
+  less likely the term's first token was there than the model's own choice. Terms for which a write has no room left
+  are not written.
 
 Source of the format: Fu et al., EAST (arXiv 2504.09570), §3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from models.kv_cache import KvCache
-from models.tokenizer import decode
+from models.tokenizer import begins_word, decode
 from models.translator import Direction, Policy, Translator
 from streaming.errors import DragomanError
-from streaming.glossary import MAX_TERM_WORDS, Glossary, Term, terms, word_key
+from streaming.glossary import MAX_TERM_WORDS, Glossary, Term, Terms, occurring, terms, word_key
 
 #: Words of a row that one forward reads, so that little is read in vain when an early one leads to a write.
 MAX_WORDS_PER_FORWARD = 8
-#: What a write may have at most, whatever was read.
+#: What a write may have at most, whatever was read and is due.
 MAX_WRITE_TOKENS = 256
 #: Positions beyond this one are not exact enough; a row that gets here begins anew with its next chunk.
 MAX_POSITION = 1 << 17
@@ -143,7 +144,7 @@ class Row:
     """
 
     direction: Direction
-    terms: tuple[Term, ...]
+    terms: Terms
     pending: tuple[int, ...]
     queue: tuple[SourceWord, ...] = ()
     read: tuple[SourceWord, ...] = ()
@@ -176,7 +177,15 @@ class Row:
         return sum(len(word.ids) for word in self.read)
 
 
-R = TypeVar("R")
+class AnyRow(Protocol):
+    """What batches have to know of a row."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward would advance it."""
+
+
+R = TypeVar("R", bound=AnyRow)
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,11 @@ class BatchState(Generic[R]):
 
     rows: tuple[R, ...]
     cache: KvCache
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward would advance any row."""
+        return any(row.busy for row in self.rows)
 
     @staticmethod
     def cat(states: Sequence[BatchState[R]]) -> BatchState[R]:
@@ -284,7 +298,7 @@ class Interleaved:
 
     def ready(self, state: TranslationState) -> bool:
         """Whether a step would advance any row."""
-        return any(row.busy for row in state.rows)
+        return state.busy
 
     def revise(self, state: TranslationState, dropped: int, words: Sequence[str]) -> TranslationState:
         """Replaces the last source words by others; only what is behind them is read again.
@@ -323,17 +337,7 @@ class Interleaved:
         Returns:
             For each session the chunks that were finished, in their order, and the states.
         """
-        state = TranslationState.cat(states)
-        owners = [(i, row) for i, one in enumerate(states) for row in range(len(one.rows))]
-        chunks: list[list[TranslatedChunk]] = [[] for _ in states]
-        for _ in range(max_forwards):
-            if not self.ready(state):
-                break
-            finished, state = self._forward(state)
-            for batch_row, chunk in finished:
-                owner, row = owners[batch_row]
-                chunks[owner].append(replace(chunk, row=row))
-        return chunks, state.split([len(one.rows) for one in states])
+        return stepped(states, self._forward, max_forwards)
 
     # ------------------------------------------------------------------------------------------------ one forward
 
@@ -423,8 +427,7 @@ class Interleaved:
     def _writing(self, row: Row) -> Row:
         """The row at the beginning of a write."""
         keys = row.before + tuple(word.key for word in row.read)
-        ends = range(len(row.before) + 1, len(keys) + 1)
-        due = tuple(DueTerm(term) for term in row.terms if any(term.ends(keys[:end]) for end in ends))
+        due = tuple(map(DueTerm, occurring(row.terms, keys, len(row.before))))
         write = OpenWrite(row.read[-1].closes, write_cap(row.unread_tokens), due=due)
         return replace(row, write=write, pending=(*row.pending, self.translator.end_of_read))
 
@@ -437,16 +440,14 @@ class Interleaved:
         token, begin = answers.choices[at], row.context + row.unread_tokens + 1
         ids, cached = write.ids, len(write.ids)
         if write.due:
-            write = replace(write, due=self._priced(write, token, answers.logits[at]))
+            write = replace(write, due=self._priced(row.direction.target, write, token, answers.logits[at]))
         if token != self.translator.end_of_write:
             ids = (*ids, token)
             loop = looping(ids)
             if not loop and len(ids) < write.cap:
                 return replace(row, write=replace(write, ids=ids), pending=(token,)), begin + cached, None
             ids = ids[: len(ids) - loop]
-        missing = next(
-            (due for due in write.due if not due.term.stands_in(decode(self.translator.tokenizer, ids))), None
-        )
+        missing = self._missing(write, ids)
         if missing is not None:
             row, kept = _with_term(row, write, ids, missing)
             return row, begin + kept, None
@@ -454,10 +455,19 @@ class Interleaved:
         row, chunk = self._shown(row, write, ids)
         return replace(row, pending=(*ids[kept:], self.translator.end_of_write)), begin + kept, chunk
 
-    def _priced(self, write: OpenWrite, token: int, logits: Tensor) -> tuple[DueTerm, ...]:
+    def _missing(self, write: OpenWrite, ids: tuple[int, ...]) -> DueTerm | None:
+        """The first term that a finished write should have, does not have, and can hold."""
+        text = decode(self.translator.tokenizer, ids) if write.due else ""
+        for due in write.due:
+            fits = min(due.place, len(ids)) + len(due.term.ids) < MAX_WRITE_TOKENS
+            if fits and not due.term.stands_in(text):
+                return due
+        return None
+
+    def _priced(self, target: str, write: OpenWrite, token: int, logits: Tensor) -> tuple[DueTerm, ...]:
         """The terms that are due, when this is also a place for them."""
-        starts = self.translator.tokenizer.word_starts
-        if starts is not None and token not in starts and token != self.translator.end_of_write:
+        t = self.translator
+        if token != t.end_of_write and not begins_word(t.tokenizer, target, write.ids, token):
             return write.due
         first = torch.tensor([due.term.ids[0] for due in write.due], device=logits.device)
         costs = (logits[token] - logits[first]).tolist()
@@ -489,7 +499,7 @@ class Interleaved:
     def _bounded(self, state: TranslationState, finished: list[int]) -> TranslationState:
         """Lets old chunks go where a row has finished one and has too many."""
         rows, limit = list(state.rows), self.translator.config.max_context_tokens
-        keep_first, start = torch.zeros_like(state.cache.lengths), torch.zeros_like(state.cache.lengths)
+        keep_first, start = [0] * len(rows), [0] * len(rows)
         moved = []
         for b in finished:
             row, lost = rows[b], 0
@@ -503,11 +513,12 @@ class Interleaved:
                 start[b] = keep_first[b] + lost
                 moved.append(b)
             else:
-                start[b], row = state.cache.lengths[b], replace(row, pending=row.direction.prompt, recent=())
+                start[b] = int(state.cache.lengths[b])
+                row = replace(row, pending=row.direction.prompt, recent=())
             rows[b] = row
-        if not bool(start.any()):
+        if not any(start):
             return state
-        cache = state.cache.evict(keep_first, start)
+        cache = state.cache.evict(torch.tensor(keep_first), torch.tensor(start))
         cache.next_positions[cache.lengths == 0] = 0
         for b in moved:
             self._move_prompt(cache, b, rows[b].direction.prompt)
@@ -524,6 +535,31 @@ class Interleaved:
         assert fresh is not None
         cache.memory[:, :, b, :, :n] = fresh.memory[:, :, 0, :, :n]
         cache.positions[b, :n] = positions[0]
+
+
+def stepped(
+    states: Sequence[BatchState[R]],
+    forward: Callable[[BatchState[R]], tuple[list[tuple[int, TranslatedChunk]], BatchState[R]]],
+    max_forwards: int,
+) -> tuple[list[list[TranslatedChunk]], list[BatchState[R]]]:
+    """Advances the rows of several sessions as one batch; see :meth:`Interleaved.step`.
+
+    Args:
+        states: Those of the sessions.
+        forward: Advances a batch; the chunks that this has finished with their rows in the batch, and the state.
+        max_forwards: How many to run at most.
+    """
+    state = BatchState.cat(states)
+    owners = [(i, row) for i, one in enumerate(states) for row in range(len(one.rows))]
+    chunks: list[list[TranslatedChunk]] = [[] for _ in states]
+    for _ in range(max_forwards):
+        if not state.busy:
+            break
+        finished, state = forward(state)
+        for batch_row, chunk in finished:
+            owner, row = owners[batch_row]
+            chunks[owner].append(replace(chunk, row=row))
+    return chunks, state.split([len(one.rows) for one in states])
 
 
 def source_words(translator: Translator, words: Sequence[str], *, closes: bool) -> tuple[SourceWord, ...]:

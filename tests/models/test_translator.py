@@ -105,7 +105,9 @@ def test_what_the_model_cannot_do_is_refused(arguments: tuple[str, ...], code: s
         ("interleaved", "JSON str, not an object"), ({"kind": "other"}, "'other'"),
         ({"kinds": "x"}, "known keys are kind"),
         ({"latencies": ["soon"]}, "'soon'"), ({"read_threshold": 2}, "0 to 1"), ({"targets": []}, "name a language"),
-        ({"casing": "upper"}, "'any' or 'lower'"),
+        ({"casing": "upper"}, "'any' or 'lower'"), ({"targets": "es"}, "targets is 'es'; it has to be a list"),
+        ({"max_context_tokens": "512"}, "'512'; it is a number"), ({"read_threshold": "half"}, "'half'"),
+        ({"prompt": "<s>{to}"}, "field {to}; known are"), ({"prompt": "<s>{"}, "prompt is not"),
     ],
 )  # fmt: skip
 def test_a_broken_translation_object_is_refused(tmp_path: Path, translation: Any, message: str) -> None:

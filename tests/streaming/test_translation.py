@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from models.tokenizer import decode, encode_words
 from models.translator import Translator
 from streaming import translation
 from streaming.errors import DragomanError
-from streaming.translation import Interleaved, Row, TranslatedChunk, TranslationState, looping, write_cap
+from streaming.translation import Interleaved, TranslatedChunk, TranslationState, looping, write_cap
 from tests import tiny
 
 WORDS = [
@@ -155,7 +156,10 @@ def fed(interpreter: Interleaved, state: TranslationState, spoken: Spoken) -> Tr
 
 
 def opened(
-    t: Translator, targets: Sequence[str] = ("es",), latency: str = "medium", **glossary: str
+    t: Translator,
+    targets: Sequence[str] = ("es",),
+    latency: str = "medium",
+    glossary: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Interleaved, TranslationState]:
     interpreter = Interleaved(t)
     terms = {term: {"es": text} for term, text in glossary.items()}
@@ -358,21 +362,18 @@ def test_a_revised_tail_is_as_if_it_had_come_so(
 # ------------------------------------------------------------------------------------------------------- glossary
 
 
-def forced(term: str, target: str, seed: int, text: str = "the speaker is still talking") -> list[TranslatedChunk]:
-    interpreter, state = opened(tiny.translator(seed), latency="offline", **{term.replace(" ", "_"): target})
-    rows = tuple(
-        replace(row, terms=tuple(replace(one, words=tuple(term.split())) for one in row.terms)) for row in state.rows
-    )
-    chunks, _ = run(interpreter, interpreter.feed(replace(state, rows=rows), text.split(), closes=True))
+def forced(glossary: Mapping[str, str], seed: int, text: str = "the speaker is still talking") -> list[TranslatedChunk]:
+    interpreter, state = opened(tiny.translator(seed), latency="offline", glossary=glossary)
+    chunks, _ = run(interpreter, interpreter.feed(state, text.split(), closes=True))
     return chunks
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_term_of_the_glossary_is_written_where_it_occurs(seed: int) -> None:
     t = tiny.translator(seed)
-    [plain] = forced("absent", "hablante", seed)
+    [plain] = forced({"absent": "hablante"}, seed)
     for term in ("speaker", "still talking"):
-        [chunk] = forced(term, "el Zug", seed)
+        [chunk] = forced({term: "el Zug"}, seed)
         ids = encode_words(t.tokenizer, "el Zug")
         at = next(i for i in range(len(chunk.ids)) if chunk.ids[i : i + len(ids)] == ids)
         assert chunk.ids[:at] == plain.ids[:at]  # up to there it is what the model wrote by itself
@@ -381,11 +382,11 @@ def test_a_term_of_the_glossary_is_written_where_it_occurs(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_term_that_is_written_already_or_does_not_occur_changes_nothing(seed: int) -> None:
-    [plain] = forced("absent", "x", seed)
+    [plain] = forced({"absent": "x"}, seed)
     assert plain.delta == opened_plain(seed)
     written = next((word for word in plain.delta.split() if word.isalpha()), None)
     if written is not None:
-        assert forced("speaker", written.upper(), seed) == [plain]
+        assert forced({"speaker": written.upper()}, seed) == [plain]
 
 
 def opened_plain(seed: int) -> str:
@@ -396,7 +397,7 @@ def opened_plain(seed: int) -> str:
 
 def test_the_place_of_a_term_is_the_one_that_costs_the_model_least() -> None:
     t = tiny.translator(1)
-    [plain] = forced("absent", "x", 1)
+    [plain] = forced({"absent": "x"}, 1)
     first = encode_words(t.tokenizer, "Zug")[0]
     slots = [
         *t.direction("es", "offline").prompt,
@@ -412,25 +413,33 @@ def test_the_place_of_a_term_is_the_one_that_costs_the_model_least() -> None:
         if chosen in starts or chosen == t.end_of_write:
             logits = sequence.logits()
             costs[place] = float(logits[chosen] - logits[first])
-    [chunk] = forced("speaker", "Zug", 1)
+    [chunk] = forced({"speaker": "Zug"}, 1)
     best = min(costs, key=lambda place: costs[place])
     assert chunk.ids[: best + 1] == (*plain.ids[:best], first)
 
 
 def test_a_term_may_begin_in_the_chunk_before() -> None:
-    t = tiny.translator(0)
-    interpreter, state = opened(t, latency="offline", term="Zug")
-    row: Row = state.rows[0]
-    state = replace(state, rows=(replace(row, terms=(replace(row.terms[0], words=("still", "talking")),)),))
+    interpreter, state = opened(tiny.translator(0), latency="offline", glossary={"still talking": "Zug"})
     first, state = run(interpreter, interpreter.feed(state, ["is", "still"], closes=True))
     second, _ = run(interpreter, interpreter.feed(state, ["Talking!"], closes=True))
     assert "Zug" not in first[0].delta and "Zug" in second[0].delta
 
 
 def test_several_terms_are_all_written() -> None:
-    interpreter, state = opened(tiny.translator(2), latency="offline", the="Zug", speaker="Berg", talking="Tal")
-    [chunk], _ = run(interpreter, interpreter.feed(state, "the speaker is talking".split(), closes=True))
-    assert all(term in chunk.delta for term in ("Zug", "Berg", "Tal"))
+    glossary = {"the": "Zug", "speaker": "Berg", "talking": "Tal"}
+    [chunk] = forced(glossary, 2, "the speaker is talking")
+    assert all(term in chunk.delta for term in glossary.values())
+
+
+def test_of_terms_within_each_other_the_longest_is_written() -> None:
+    [chunk] = forced({"talking": "Berg", "still talking": "Zug", "is": "Tal"}, 2)
+    assert "Zug" in chunk.delta and "Tal" in chunk.delta and "Berg" not in chunk.delta
+
+
+def test_terms_make_no_write_longer_than_any_may_be() -> None:
+    glossary = {word: " ".join([word] * 8) for word in "abcdefghijklmnopqrstuvwxyz"}
+    [chunk] = forced(glossary, 2, " ".join(glossary))
+    assert 200 < len(chunk.ids) <= translation.MAX_WRITE_TOKENS
 
 
 @pytest.mark.parametrize(
