@@ -46,7 +46,8 @@ _DISCOUNT = 0.8
 #: What follows a context most often in the training set, and its share of what does, by context.
 Seed = Mapping[str, tuple[int, float]]
 #: One row of a training set: source and target of its chunks, ends of writes included.
-Chunks = Sequence[tuple[Sequence[int], Sequence[int]]]
+Ids = Sequence[int] | np.ndarray
+Chunks = Sequence[tuple[Ids, Ids]]
 
 
 def spelled(tokens: Iterable[int]) -> str:
@@ -347,7 +348,7 @@ def count_seed(rows: Iterable[Chunks], *, max_contexts: int = 100_000, min_count
     return seed.best(max_contexts)
 
 
-def _with_source(source: Sequence[int], target: Sequence[int]) -> np.ndarray:
+def _with_source(source: Ids, target: Ids) -> np.ndarray:
     """Every token of a chunk's source with each token of its target and the one before, ``int64[3, N]``."""
     sources, tokens = np.unique(np.asarray(source, np.int64))[:MAX_SOURCE_TOKENS], np.asarray(target, np.int64)
     shape = (len(sources), len(tokens))

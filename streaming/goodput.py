@@ -26,6 +26,8 @@ from streaming.drafts import Proposal
 
 #: How much a new time moves the running median of its shape.
 _MEDIAN_STEP = 0.05
+#: The line is drawn anew after so many measurements.
+_FIT_EVERY = 64
 #: Measurements of a shape that count as much as what the fit says of it.
 _FIT_WEIGHT = 8
 #: Guesses that count as much as what their source says of them, and after how many the old ones count half.
@@ -64,14 +66,14 @@ class Cost:
 
     def __init__(self) -> None:
         self._measured: dict[tuple[int, int], _Measured] = {}
-        self._line = np.array([1.0, 0.05, 0.0])
+        self._line = (1.0, 0.05, 0.0)
         self._new = 0
 
     def copy(self) -> Cost:
         """What is known now, to be learnt on from by itself."""
         other = Cost()
         other._measured = {key: replace(one) for key, one in self._measured.items()}
-        other._line = self._line.copy()
+        other._line = self._line
         return other
 
     def measured(self, shape: Shape, seconds: float) -> None:
@@ -79,13 +81,14 @@ class Cost:
         key = _bucket(shape)
         if (known := self._measured.get(key)) is None:
             self._measured[key] = _Measured(shape, seconds)
+            self._new = _FIT_EVERY
         else:
             known.count += 1
             step = max(_MEDIAN_STEP, 0.5 / known.count)
             known.seconds *= 1 + step if seconds > known.seconds else 1 / (1 + step)
             known.shape = shape
         self._new += 1
-        if self._new >= min(32, len(self._measured)):
+        if self._new >= _FIT_EVERY:
             self._fit()
             self._new = 0
 
@@ -98,26 +101,24 @@ class Cost:
         return line * math.pow(known.seconds / self._on_line(known.shape), share)
 
     def _on_line(self, shape: Shape) -> float:
-        return max(float(self._line @ _features(shape)), 1e-9)
+        constant, by_token, by_key = self._line
+        return max(constant + by_token * shape.rows * shape.tokens + by_key * shape.rows * shape.keys, 1e-9)
 
     def _fit(self) -> None:
         """Least squares of the relative error, without negative parts: what would be negative is left out."""
         known = list(self._measured.values())
         y = np.array([one.seconds for one in known])
         weight = np.sqrt([min(one.count, 50) for one in known]) / y
-        X = np.array([_features(one.shape) for one in known])
+        shapes = [one.shape for one in known]
+        X = np.array([[1.0, shape.rows * shape.tokens, shape.rows * shape.keys] for shape in shapes])
         parts = [0, 1, 2][: len(known)]
         while parts:
             found = np.linalg.lstsq(X[:, parts] * weight[:, None], y * weight, rcond=None)[0]
             if (found >= 0).all():
-                self._line = np.zeros(3)
-                self._line[parts] = found
+                line = dict(zip(parts, found.tolist(), strict=True))
+                self._line = line.get(0, 0.0), line.get(1, 0.0), line.get(2, 0.0)
                 return
             del parts[int(found.argmin())]
-
-
-def _features(shape: Shape) -> np.ndarray:
-    return np.array([1.0, shape.rows * shape.tokens, shape.rows * shape.keys])
 
 
 def _bucket(shape: Shape) -> tuple[int, int]:

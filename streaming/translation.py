@@ -8,7 +8,9 @@ nothing is encoded twice, and what was read stays in the cache.
 
 One forward takes a few words of the rows that read and one token of those that write. A row that decides to write
 after an earlier one of its words forgets the later ones again and reads them after the write: its output is that of
-reading word by word, and no row's depends on the others.
+reading word by word, and no row's depends on the others. With :class:`streaming.speculation.Speculation`, the forward
+also takes a draft of what a row writes next, or of what it will write after its words; where the model's choices go
+along with the draft, the row has advanced by several tokens at once, and all else of the draft is forgotten.
 
 - *A write is forced* after a word that closes a segment, and after so many tokens without a write as a quarter of the
   context. At the latency ``offline`` no other write happens.
@@ -30,6 +32,7 @@ Source of the format: Fu et al., EAST (arXiv 2504.09570), §3.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
@@ -38,10 +41,14 @@ import torch
 from torch import Tensor
 
 from models.kv_cache import KvCache
+from models.speculative import ROOT, Draft, follow, keep, read
 from models.tokenizer import begins_word, decode
 from models.translator import Direction, Policy, Translator
+from streaming.drafts import MAX_PAST_TOKENS, Context, Outcome, Proposal, spelled
 from streaming.errors import DragomanError
 from streaming.glossary import MAX_TERM_WORDS, Glossary, Term, Terms, occurring, terms, word_key
+from streaming.goodput import Shape
+from streaming.speculation import Speculation, Wish
 
 #: Words of a row that one forward reads, so that little is read in vain when an early one leads to a write.
 MAX_WORDS_PER_FORWARD = 8
@@ -53,6 +60,8 @@ MAX_POSITION = 1 << 17
 STUCK_CHUNKS = 3
 #: The longest repetition that counts as a loop, in tokens.
 MAX_LOOP_PERIOD = 16
+#: A choice that no draft has.
+NOTHING = -1
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ class Row:
         recent: What the last of them read and wrote, at most :data:`STUCK_CHUNKS`.
         write: The open write; None while the row reads.
         begun: Whether it has shown anything.
+        past: Target side of the finished chunks, for drafts (:mod:`streaming.drafts`).
     """
 
     direction: Direction
@@ -154,6 +164,7 @@ class Row:
     recent: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     write: OpenWrite | None = None
     begun: bool = False
+    past: str = ""
 
     @property
     def busy(self) -> bool:
@@ -238,11 +249,24 @@ class _Plan:
         asks: Indices of those after which an answer is needed.
         words: For a row that reads: each word's number of tokens up to its end, and whether a write must follow it;
             None for "if the model says so".
+        proposal: What is guessed to follow; after words it begins with ``<|end-of-read|>``.
     """
 
     tokens: tuple[int, ...] = ()
     asks: tuple[int, ...] = ()
     words: tuple[tuple[int, bool | None], ...] = ()
+    proposal: Proposal = Proposal()
+
+    @property
+    def draft(self) -> Draft:
+        """What is guessed to follow the tokens."""
+        return self.proposal.draft
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """Indices after which an answer is needed, in the tokens and the draft behind them."""
+        n = len(self.tokens)
+        return (*self.asks, *range(n, n + len(self.draft.tokens)))
 
 
 @dataclass(frozen=True)
@@ -253,11 +277,34 @@ class _Answers:
         end_of_read: Its probability.
         choices: The best token that may be written.
         logits: ``float32[N, vocab_size]``.
+        best: The best tokens that may be written, as many as the drafters want.
     """
 
     end_of_read: list[float]
     choices: list[int]
     logits: Tensor
+    best: list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """What a forward has made of a row.
+
+    Attributes:
+        row: The row.
+        kept: Its tokens in the cache, if the draft's right ones stand together.
+        decided: How many of the plan's tokens it has kept.
+        path: The draft's tokens that were right; None if the draft's place was not reached.
+        chosen: Indices of the answers that were taken as tokens.
+        chunk: The chunk, if one is finished.
+    """
+
+    row: Row
+    kept: int
+    decided: int = 0
+    path: tuple[int, ...] | None = ()
+    chosen: tuple[int, ...] = ()
+    chunk: TranslatedChunk | None = None
 
 
 @dataclass(frozen=True)
@@ -266,9 +313,12 @@ class Interleaved:
 
     Attributes:
         translator: The model; shared, never changed.
+        speculation: Guesses what comes, so that it takes fewer forwards; None for a token at a time. The same is
+            written with and without.
     """
 
     translator: Translator
+    speculation: Speculation | None = None
 
     @property
     def policy(self) -> Policy:
@@ -343,22 +393,87 @@ class Interleaved:
 
     @torch.no_grad()
     def _forward(self, state: TranslationState) -> tuple[list[tuple[int, TranslatedChunk]], TranslationState]:
-        plans = [self._plan(row) for row in state.rows]
-        answers, cache = self._ask(state, plans)
-        rows, finished, keep, asked = [], [], cache.lengths.tolist(), 0
-        for b, (row, plan) in enumerate(zip(state.rows, plans, strict=True)):
-            if row.write is not None:
-                row, keep[b], chunk = self._after_write(row, row.write, answers, asked)
-                if chunk is not None:
-                    finished.append((b, chunk))
-            elif plan.words:
-                before = keep[b] - len(plan.tokens)
-                row, read = self._after_read(row, plan, answers.end_of_read[asked : asked + len(plan.asks)])
-                keep[b] = before + read
-            rows.append(row)
-            asked += len(plan.asks)
-        state = TranslationState(tuple(rows), cache.crop(torch.tensor(keep)))
-        return finished, self._bounded(state, [b for b, _ in finished])
+        begun, plans = time.perf_counter(), [self._plan(row) for row in state.rows]
+        wishes, plans = self._with_drafts(state, plans)
+        answers, cache, sizes = self._ask(state, plans)
+        followed, asked = list[_Followed](), 0
+        for row, plan, length in zip(state.rows, plans, state.cache.lengths.tolist(), strict=True):
+            followed.append(self._followed(row, plan, answers, asked, length))
+            asked += len(plan.asked)
+        drafts, paths = [plan.draft for plan in plans], [one.path or () for one in followed]
+        cache = keep(cache, sizes, [one.decided for one in followed], drafts, paths)
+        cache = cache.crop(torch.tensor([one.kept for one in followed]))
+        after = TranslationState(tuple(one.row for one in followed), cache)
+        finished = [(b, one.chunk) for b, one in enumerate(followed) if one.chunk is not None]
+        if self.speculation is not None:
+            for wish, plan, one in zip(wishes, plans, followed, strict=True):
+                self._learn(wish, plan, one, answers)
+            keys = int(state.cache.lengths.max()) + max(sizes)
+            self.speculation.took(Shape(len(plans), max(1, *sizes), keys), time.perf_counter() - begun)
+        return finished, self._bounded(after, [b for b, _ in finished])
+
+    # ----------------------------------------------------------------------------------------------------- drafts
+
+    def _with_drafts(self, state: TranslationState, plans: list[_Plan]) -> tuple[list[Wish | None], list[_Plan]]:
+        """What the rows could take as drafts, and the plans with those that they get."""
+        if self.speculation is None:
+            return [None] * len(plans), plans
+        wishes = [self._wish(row, plan) for row, plan in zip(state.rows, plans, strict=True)]
+        decided, keys = [len(plan.tokens) for plan in plans], int(state.cache.lengths.max())
+        proposals = self.speculation.propose(wishes, decided, keys, begin_write=self.translator.end_of_read)
+        return wishes, [replace(plan, proposal=one) for plan, one in zip(plans, proposals, strict=True)]
+
+    def _wish(self, row: Row, plan: _Plan) -> Wish | None:
+        """Where a draft could follow: after an open write, or after the last word that is read, if a write may too."""
+        language, end, past = row.direction.target, self.translator.end_of_write, row.past
+        words = row.read + row.queue[: len(plan.words)]
+        source = spelled(token for word in words for token in word.ids)
+        if row.write is not None:
+            return Wish(Context(language, past + spelled(row.write.ids), end, source))
+        if not plan.words or plan.words[-1][1] is False:
+            return None
+        return Wish(Context(language, past, end, source), len(words), plan.words[-1][1] is True)
+
+    def _followed(self, row: Row, plan: _Plan, answers: _Answers, at: int, length: int) -> _Followed:
+        """What a row becomes by its answers, which begin at ``at``, and how far its draft was right."""
+        reads, decided, chosen, chunk = row.write is None, len(plan.tokens), list[int](), None
+        if reads:
+            if not plan.words:
+                return _Followed(row, length)
+            row, decided = self._after_read(row, plan, answers.end_of_read[at : at + len(plan.asks)])
+            if decided < len(plan.tokens):
+                return _Followed(row, length + decided, decided, None)
+        length += decided
+
+        def choose(node: int) -> int:
+            nonlocal row, length, chunk
+            length += node != ROOT
+            if node != ROOT or not reads:
+                assert row.write is not None
+                chosen.append(at + len(plan.asks) + node)
+                before = length
+                row, length, chunk = self._after_write(row, row.write, answers, chosen[-1])
+                if length < before:
+                    return NOTHING
+            return row.pending[0] if row.write is not None and len(row.pending) == 1 else NOTHING
+
+        path = follow(plan.draft, choose).path
+        return _Followed(row, length, decided, path, tuple(chosen), chunk)
+
+    def _learn(self, wish: Wish | None, plan: _Plan, one: _Followed, answers: _Answers) -> None:
+        """Tells the drafters what the model chose."""
+        if self.speculation is None or wish is None or one.path is None:
+            return
+        rejected = (token for i, token in enumerate(plan.draft.tokens) if i not in one.path)
+        outcome = Outcome(
+            wish.context,
+            tuple(answers.choices[i] for i in one.chosen),
+            tuple(rejected),
+            tuple(tuple(answers.best[i]) for i in one.chosen) if answers.best else (),
+        )
+        self.speculation.observe(wish, plan.proposal, one.path, outcome)
+
+    # ------------------------------------------------------------------------------------------------- the forward
 
     def _plan(self, row: Row) -> _Plan:
         """What a row reads next: its open write's last token, or words up to one after which it must write."""
@@ -378,24 +493,21 @@ class Interleaved:
                 break
         return _Plan(tokens, tuple(asks), tuple(words))
 
-    def _ask(self, state: TranslationState, plans: list[_Plan]) -> tuple[_Answers, KvCache]:
-        """Reads what is planned in one forward."""
-        t, counts = self.translator, torch.tensor([len(plan.tokens) for plan in plans])
-        tokens = torch.zeros(len(plans), max(1, int(counts.max())), dtype=torch.int64)
-        for b, plan in enumerate(plans):
-            tokens[b, : len(plan.tokens)] = torch.tensor(plan.tokens, dtype=torch.int64)
-        hidden, cache = t.llm.hidden(tokens, counts, state.cache)
-        assert cache is not None
-        asks = [(b, index) for b, plan in enumerate(plans) for index in plan.asks]
+    def _ask(self, state: TranslationState, plans: list[_Plan]) -> tuple[_Answers, KvCache, list[int]]:
+        """Reads what is planned in one forward; also the cache and how many tokens each row has read."""
+        t = self.translator
+        hidden, cache, sizes = read(t.llm, [plan.tokens for plan in plans], [plan.draft for plan in plans], state.cache)
+        asks = [(b, index) for b, plan in enumerate(plans) for index in plan.asked]
         if not asks:
-            return _Answers([], [], hidden), cache
+            return _Answers([], [], hidden, []), cache, sizes
         rows, indices = torch.tensor(asks, device=hidden.device).T
         logits = t.llm.logits(hidden[rows, indices]).float()
-        writes = [state.rows[b].write for b, _ in asks]
-        begins = torch.tensor([write is not None and not write.ids for write in writes], device=hidden.device)
+        begins = torch.tensor([_begins(state.rows[b], plans[b], index) for b, index in asks], device=hidden.device)
         masked = logits.masked_fill(torch.where(begins[:, None], t.unable_to_begin, t.unwritable), -torch.inf)
         end_of_read = (logits[:, t.end_of_read] - logits.logsumexp(-1)).exp()
-        return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits), cache
+        top_k = 0 if self.speculation is None else self.speculation.top_k
+        best = masked.topk(top_k).indices.tolist() if top_k else []
+        return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits, best), cache, sizes
 
     # ---------------------------------------------------------------------------------------------------- reading
 
@@ -491,6 +603,7 @@ class Interleaved:
             pairs=(*row.pairs, row.unread_tokens + len(ids) + 2),
             write=None,
             begun=row.begun or bool(delta),
+            past=(row.past + spelled((*ids, self.translator.end_of_write)))[-MAX_PAST_TOKENS:],
         )
         return row, chunk
 
@@ -535,6 +648,13 @@ class Interleaved:
         assert fresh is not None
         cache.memory[:, :, b, :, :n] = fresh.memory[:, :, 0, :, :n]
         cache.positions[b, :n] = positions[0]
+
+
+def _begins(row: Row, plan: _Plan, index: int) -> bool:
+    """Whether the first token of a write is asked for."""
+    if row.write is None:
+        return index == len(plan.tokens) and bool(plan.draft.tokens)
+    return not row.write.ids and index < len(plan.tokens)
 
 
 def stepped(

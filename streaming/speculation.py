@@ -1,0 +1,119 @@
+"""Speculation of one engine: its drafters, how long their drafts may be, and what became of them.
+
+It is shared by the sessions of the engine and is no part of their states: two engines that differ in it write the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.speculative import Draft
+from streaming.drafts import Context, Drafter, Outcome, Proposal
+from streaming.goodput import Cost, Goodput, Shape
+
+#: How sure it is, before the first is seen, that a model writes after a word.
+WRITE_PROBABILITY = 0.2
+#: Source of the guess that the model writes, with the number of words since its last write up to this one.
+READ = "read"
+_MAX_WORDS = 9
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Where a row could take a draft.
+
+    Attributes:
+        context: Its target side.
+        words: For a row that reads: source words since its last write, which the draft follows; 0 for one that writes.
+        certain: Whether the model must write after them.
+    """
+
+    context: Context
+    words: int = 0
+    certain: bool = False
+
+
+class Speculation:
+    """Drafts for the rows of a batch.
+
+    Args:
+        drafters: Asked for each row; the one whose draft promises most is taken.
+        max_tokens: Longest draft.
+        fixed: Whether drafts have that length whatever they cost, for comparison; else a controller decides.
+        learns: Whether the drafters are told what became of their drafts.
+        cost: As measured by :func:`streaming.goodput.calibrated`; None to find out by and by.
+
+    Attributes:
+        goodput: The controller. It counts acceptance even where lengths are fixed.
+        forwards: How many there have been.
+        drafted: Tokens read in vain or not, for each source.
+        accepted: Of those, the ones that were right.
+    """
+
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        *,
+        max_tokens: int = 6,
+        fixed: bool = False,
+        learns: bool = True,
+        cost: Cost | None = None,
+    ) -> None:
+        self._drafters = tuple(drafters)
+        self._max_tokens, self._fixed, self._learns = max_tokens, fixed, learns
+        self.top_k = max((drafter.top_k for drafter in self._drafters), default=0) if learns else 0
+        self.goodput = Goodput(cost)
+        self.forwards = 0
+        self.drafted: dict[str, int] = {}
+        self.accepted: dict[str, int] = {}
+
+    def propose(
+        self, wishes: Sequence[Wish | None], decided: Sequence[int], keys: int, *, begin_write: int
+    ) -> list[Proposal]:
+        """The drafts of one forward.
+
+        Args:
+            wishes: For each row; None for one that can take none.
+            decided: Tokens that each row reads in any case.
+            keys: Slots of the longest row.
+            begin_write: The token with which a model begins to write.
+        """
+        candidates = [[] if wish is None else self._candidates(wish, begin_write) for wish in wishes]
+        return self.goodput.choose(candidates, decided, keys, longest=self._fixed)
+
+    def _candidates(self, wish: Wish, begin_write: int) -> list[Proposal]:
+        k = self._max_tokens
+        if not wish.words:
+            return [drafter.propose(wish.context, k) for drafter in self._drafters]
+        if not wish.certain and self._fixed:
+            return []  # seldom right, so that only who counts may guess it
+        source, sure = f"{READ} {min(wish.words, _MAX_WORDS)}", WRITE_PROBABILITY
+        if wish.certain:
+            source, sure = f"{READ} all", 1.0
+        found = [drafter.propose(wish.context, k - 1) for drafter in self._drafters]
+        return [Proposal(Draft()).after(source, begin_write, sure)] + [
+            one.after(source, begin_write, sure) for one in found if one.sure
+        ]
+
+    def observe(self, wish: Wish, proposal: Proposal, path: Sequence[int], outcome: Outcome) -> None:
+        """Learns what became of a draft.
+
+        Args:
+            wish: Where it was to follow.
+            proposal: The draft, perhaps empty.
+            path: Its tokens that were right.
+            outcome: For the drafters.
+        """
+        self.goodput.acceptance.observe(proposal, path)
+        for i, source in enumerate(proposal.sources):
+            self.drafted[source] = self.drafted.get(source, 0) + 1
+            self.accepted[source] = self.accepted.get(source, 0) + (i in path)
+        if self._learns and outcome.accepted:
+            for drafter in self._drafters:
+                drafter.observe(outcome)
+
+    def took(self, shape: Shape, seconds: float) -> None:
+        """Learns how long a forward took, with all that belongs to it."""
+        self.forwards += 1
+        self.goodput.cost.measured(shape, seconds)
