@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(help="List, fetch and import models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 SERVICE_PATH = "/v1/realtime/translations"
 DEFAULT_PORT = 8765
@@ -544,6 +546,48 @@ def fetch_model(
 
         repository, _, revision = name.partition("@")
         typer.echo(fetch(repository, revision or None, out))
+
+
+@bench_app.command("speculation")
+def bench_speculation(
+    manifests: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[MANIFEST...]", help="JSON lines with text, as for eval; left out: a short talk."),
+    ] = None,
+    to: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Language to write.")] = "es",
+    latency: LatencyOption = "medium",
+    translator: TranslatorOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    words: Annotated[int, typer.Option(min=1, help="Words to read, in all talks together.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, which take turns.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads to compute with.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare speculation with writing a token at a time: the same text, fewer forwards, how much time?"""
+    with one_sentence():
+        import torch
+
+        from benchmarks.speculation import TALK, measure, report
+        from client.evaluate import TextSet, read_all_sets
+        from models.translator import EMBEDDED_TRANSLATOR
+        from streaming.drafts import load_seeds
+
+        torch.set_num_threads(threads)
+        texts = TALK.read_text(encoding="utf-8").splitlines()
+        if manifests:
+            sets = read_all_sets(manifests)
+            texts = [one.text for s in sets for one in (s.sentences if isinstance(s, TextSet) else s.utterances)]
+        found = measure(
+            _load_translator(translator, device, dtype, [to], latency),
+            texts,
+            target=to,
+            latency=latency,
+            words=words,
+            repeats=repeats,
+            seeds=load_seeds(translator or EMBEDDED_TRANSLATOR),
+        )
+        typer.echo(json.dumps(found) if as_json else report(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""What speculation saves: forwards and time of a translator that guesses ahead, against one token at a time.
+
+    dragoman bench speculation talk.jsonl --json
+
+Talks come a word at a time, all in step, and everything that a word leads to is computed before the next one comes. For
+each number of talks they are translated a token at a time, and with n-grams as drafts, of a fixed length and of the
+controller's; one talk also with each other drafter. The runs take turns, so that a busy machine slows them alike; each
+begins with drafters that have learnt nothing but their seed, and the cost of a forward is measured before the clock
+runs.
+
+- ``identical``: whether all of them wrote the same ids, chunk by chunk.
+- ``tokens_per_forward``: tokens written, ends of writes included, for each forward of a talk. Forwards that only read
+  words count too.
+- ``forward_ratio``: forwards of a token at a time for each forward here.
+- ``wall_ratio``, ``cpu_ratio``: the same of seconds, and of processor seconds: medians over the repeats.
+- ``word_p50_ms``, ``word_p95_ms``: what a word's forwards took together.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from models.translator import Translator
+from streaming.drafts import Drafter, NGrams, Recycling, Repetition, Seed
+from streaming.errors import DragomanError
+from streaming.goodput import Cost, calibrated
+from streaming.speculation import Speculation
+from streaming.translation import Interleaved
+
+#: What is read when nothing else is given.
+TALK: Final = Path(__file__).parent / "talk.txt"
+BATCHES = (1, 4, 16)
+FIXED_TOKENS = 2
+MAX_TOKENS = 6
+
+Talk = Sequence[tuple[str, bool]]  # words, and whether each ends a sentence
+Build = Callable[[], Speculation | None]
+
+
+@dataclass
+class Run:
+    """What one run over the talks has given.
+
+    Attributes:
+        ids: Tokens of each chunk, for each talk.
+        forwards: Of the batch.
+        seconds: By the clock.
+        cpu_seconds: Of the process.
+        word_s: For each word of the longest talk what its forwards took.
+    """
+
+    ids: list[list[tuple[int, ...]]]
+    forwards: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    word_s: list[float] = field(default_factory=list)
+
+
+def talks_of(texts: Sequence[str], talks: int, words: int) -> list[Talk]:
+    """Sentences dealt out to talks, until each has so many words or there are no more."""
+    dealt: list[list[tuple[str, bool]]] = [[] for _ in range(talks)]
+    for text in texts:
+        shortest = min(dealt, key=len)
+        spoken = text.split()
+        if len(shortest) < words:
+            shortest += [(word, i + 1 == len(spoken)) for i, word in enumerate(spoken)]
+    return [talk[:words] for talk in dealt]
+
+
+def translate(translator: Translator, talks: Sequence[Talk], build: Build, *, target: str, latency: str) -> Run:
+    """Translates talks in step."""
+    interpreter = Interleaved(translator, build())
+    states = [interpreter.init_state([translator.direction(target, latency)]) for _ in talks]
+    run, begun, cpu = Run([[] for _ in talks]), time.perf_counter(), time.process_time()
+    for i in range(max(map(len, talks))):
+        word_begun = time.perf_counter()
+        for t, talk in enumerate(talks):
+            if i < len(talk):
+                states[t] = interpreter.feed(states[t], [talk[i][0]], closes=talk[i][1])
+        while any(map(interpreter.ready, states)):
+            chunks, states = interpreter.step(states)
+            run.forwards += 1
+            for ids, found in zip(run.ids, chunks, strict=True):
+                ids += [chunk.ids for chunk in found]
+        run.word_s.append(time.perf_counter() - word_begun)
+    run.seconds, run.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
+    return run
+
+
+def figures(runs: Sequence[Run], plain: Sequence[Run], talks: int) -> dict[str, float | bool]:
+    """What the repeats of one way say beside those of a token at a time."""
+    tokens = sum(len(ids) + 1 for talk in plain[0].ids for ids in talk)
+    pairs = list(zip(plain, runs, strict=True))
+    return {
+        "identical": all(run.ids == plain[0].ids for run in runs),
+        "tokens_per_forward": tokens / (runs[-1].forwards * talks),
+        "forward_ratio": plain[-1].forwards / runs[-1].forwards,
+        "wall_ratio": float(np.median([p.seconds / run.seconds for p, run in pairs])),
+        "cpu_ratio": float(np.median([p.cpu_seconds / run.cpu_seconds for p, run in pairs])),
+        "word_p50_ms": 1000 * float(np.median([s for run in runs for s in run.word_s])),
+        "word_p95_ms": 1000 * float(np.quantile([s for run in runs for s in run.word_s], 0.95)),
+    }
+
+
+def measure(
+    translator: Translator,
+    texts: Sequence[str],
+    *,
+    target: str,
+    latency: str = "medium",
+    words: int = 1000,
+    repeats: int = 3,
+    batches: Sequence[int] = BATCHES,
+    seeds: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All figures; see the head of this file.
+
+    Args:
+        translator: An interleaved one.
+        texts: Sentences to read.
+        target: Language to write.
+        latency: Level.
+        words: Of all talks together.
+        repeats: Runs of each way.
+        batches: Numbers of talks.
+        seeds: N-grams of the training targets.
+
+    Raises:
+        DragomanError: ``unsupported_model`` if a policy decides for the model when to write.
+    """
+    if translator.policy != "interleaved":
+        raise DragomanError(
+            "unsupported_model",
+            f"model {translator.name!r} writes by the policy {translator.policy}; drafts are for one that was trained"
+            " to decide itself when to write",
+        )
+    cost, by_batch, used = calibrated(translator.llm, rows=batches), [], dict[str, Speculation]()
+    translate(translator, talks_of(texts, 1, 20), lambda: None, target=target, latency=latency)  # what is made once
+    for batch in batches:
+        talks = talks_of(texts, batch, max(1, words // batch))
+        ways = _ways(used, cost, seeds or {}, alone=batch == 1)
+        runs: dict[str, list[Run]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, build in ways.items():
+                runs[name].append(translate(translator, talks, build, target=target, latency=latency))
+        by_batch.append(
+            {"talks": batch, "words": sum(map(len, talks))}
+            | {name: figures(found, runs["plain"], batch) for name, found in runs.items()}
+        )
+    first = by_batch[0]["controller"]
+    assert isinstance(first, dict)
+    every = [way for one in by_batch for way in one.values() if isinstance(way, dict)]
+    return {
+        **first,
+        "identical": all(way["identical"] for way in every),
+        "batches": by_batch,
+        "acceptance": {
+            name: {source: one.accepted[source] / drafted for source, drafted in sorted(one.drafted.items())}
+            for name, one in used.items()
+        },
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _ways(used: dict[str, Speculation], cost: Cost, seeds: dict[str, Seed], *, alone: bool) -> dict[str, Build]:
+    """The ways to translate; what was used last under each name is left in ``used``, if ``alone``."""
+
+    def way(name: str, drafters: Callable[[], Sequence[Drafter]], max_tokens: int, fixed: bool) -> Build:
+        def build() -> Speculation:
+            one = Speculation(drafters(), max_tokens=max_tokens, fixed=fixed, cost=cost.copy())
+            if alone:
+                used[name] = one
+            return one
+
+        return build
+
+    def seeded() -> Sequence[Drafter]:
+        return [NGrams(seeds)]
+
+    ways: dict[str, Build] = {
+        "plain": lambda: None,
+        "fixed": way("fixed", seeded, FIXED_TOKENS, True),
+        "controller": way("controller", seeded, MAX_TOKENS, False),
+    }
+    if alone:
+        each: dict[str, Callable[[], Sequence[Drafter]]] = {
+            "repetition": lambda: [Repetition()],
+            "n-grams without seed": lambda: [NGrams()],
+            "recycling": lambda: [Recycling()],
+            "recycling tree": lambda: [Recycling((2, 2, 2))],
+        }
+        for name, drafters in each.items():
+            ways[name] = way(name, drafters, MAX_TOKENS if "tree" in name else FIXED_TOKENS, True)
+    return ways
+
+
+def report(found: dict[str, Any]) -> str:
+    """The figures as a table."""
+    lines = [f"identical: {found['identical']}   load average {found['load_average']:.1f}"]
+    for one in found["batches"]:
+        lines.append(f"\n{one['talks']} talks, {one['words']} words")
+        lines.append(f"{'':22} tokens/forward  forwards   wall    cpu  word p50 ms  p95 ms")
+        for name, way in one.items():
+            if isinstance(way, dict):
+                lines.append(
+                    f"{name:22} {way['tokens_per_forward']:14.2f} {way['forward_ratio']:9.2f} {way['wall_ratio']:6.2f}"
+                    f" {way['cpu_ratio']:6.2f} {way['word_p50_ms']:12.1f} {way['word_p95_ms']:7.1f}"
+                )
+    lines.append("\nshare of the drafted tokens that were right")
+    for name, sources in found["acceptance"].items():
+        lines.append(f"{name:22} " + "  ".join(f"{source} {share:.2f}" for source, share in sources.items()))
+    return "\n".join(lines)
