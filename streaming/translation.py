@@ -32,7 +32,6 @@ Source of the format: Fu et al., EAST (arXiv 2504.09570), §3.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
@@ -47,7 +46,7 @@ from models.translator import Direction, Policy, Translator
 from streaming.drafts import MAX_PAST_TOKENS, Context, Outcome, Proposal, spelled
 from streaming.errors import DragomanError
 from streaming.glossary import MAX_TERM_WORDS, Glossary, Term, Terms, occurring, terms, word_key
-from streaming.goodput import Shape
+from streaming.goodput import Shape, clock
 from streaming.speculation import Speculation, Wish
 
 #: Words of a row that one forward reads, so that little is read in vain when an early one leads to a write.
@@ -393,7 +392,7 @@ class Interleaved:
 
     @torch.no_grad()
     def _forward(self, state: TranslationState) -> tuple[list[tuple[int, TranslatedChunk]], TranslationState]:
-        begun, plans = time.perf_counter(), [self._plan(row) for row in state.rows]
+        begun, plans = clock(self.translator.device), [self._plan(row) for row in state.rows]
         wishes, plans = self._with_drafts(state, plans)
         answers, cache, sizes = self._ask(state, plans)
         followed, asked = list[_Followed](), 0
@@ -409,7 +408,7 @@ class Interleaved:
             for wish, plan, one in zip(wishes, plans, followed, strict=True):
                 self._learn(wish, plan, one, answers)
             keys = int(state.cache.lengths.max()) + max(sizes)
-            self.speculation.took(Shape(len(plans), max(1, *sizes), keys), time.perf_counter() - begun)
+            self.speculation.took(Shape(len(plans), max(1, *sizes), keys), clock(self.translator.device) - begun)
         return finished, self._bounded(after, [b for b, _ in finished])
 
     # ----------------------------------------------------------------------------------------------------- drafts
