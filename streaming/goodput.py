@@ -233,7 +233,7 @@ class Goodput:
         return [proposal.first(length) for proposal in best]
 
     def _rate(self, k: int, gains: list[list[float]], decided: Sequence[int], keys: int) -> float:
-        """Tokens per second with drafts of at most ``k``: each row advances by one, and by what its draft brings."""
+        """Tokens per second with drafts of at most ``k``: who reads advances by one, and by what the draft brings."""
         tokens = max(n + min(k, len(gain) - 1) for n, gain in zip(decided, gains, strict=True))
-        brought = sum(1 + gain[min(k, len(gain) - 1)] for gain in gains)
+        brought = sum(1 + gain[min(k, len(gain) - 1)] for n, gain in zip(decided, gains, strict=True) if n)
         return brought / self.cost.seconds(Shape(len(gains), max(1, tokens), keys + tokens))

@@ -102,6 +102,15 @@ def test_a_draft_ends_where_it_costs_more_than_it_brings() -> None:
     assert len(free[0].sure) == 4 > len(short[0].sure)
 
 
+def test_rows_that_stand_still_do_not_speak_against_a_draft() -> None:
+    goodput = Goodput()
+    run_on(goodput.cost, 3000)
+    [draft, *_] = goodput.choose([[chain([0.4])], [], [], []], [1, 0, 0, 0], 100)
+    assert len(draft.sure) == 1
+    [draft, *_] = goodput.choose([[chain([0.4])], [], [], []], [1, 1, 1, 1], 100)
+    assert not draft.sure
+
+
 def test_the_best_source_is_the_one_that_was_right() -> None:
     goodput = Goodput()
     a, b = chain([0.5, 0.5], "a"), chain([0.5, 0.5], "b")
