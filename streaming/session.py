@@ -44,9 +44,7 @@ Lookahead = Literal["fixed", "adaptive"]
 #: Silence decoded after the end of the audio, so that the last word is emitted: one chunk, within these bounds. The
 #: largest published chunk is 14 frames; an adaptive model's cap may be far above what its layers ask for.
 FLUSH_FRAMES, MAX_FLUSH_FRAMES = 4, 14
-#: A chunk that was tried is taken if none of its pieces is less probable than this, …
-SURE_PROBABILITY = 0.8
-#: … or if it has none, and nobody speaks in the last so many frames.
+#: A chunk that was tried and has no pieces is taken if nobody speaks in the last so many frames.
 SILENCE_EVIDENCE_FRAMES = 6
 
 
@@ -63,6 +61,8 @@ class SessionConfig:
         lookahead: For a model that looks ahead in chunks: ``fixed``, chunks of one size, or ``adaptive``, each chunk
             the smallest that leaves decoder and voice activity without doubts. None: ``fixed``, or for a model
             whose layers decide, ``adaptive``, which is all that it can do.
+        sure_probability: What ``adaptive`` chunks ask of their least probable piece, 0 to 1; below it they wait for
+            more audio. A larger one waits longer and errs less.
         languages: Languages to translate into; none for the transcript only.
         latency: How long the translation waits for more words, one of :data:`models.translator.LATENCIES`.
         glossary: Terms whose translations are fixed: ``{term: {language: translation}}``.
@@ -73,6 +73,7 @@ class SessionConfig:
     decoder: Decoder = "rnnt"
     endpoint_silence_ms: int = 800
     lookahead: Lookahead | None = None
+    sure_probability: float = 0.8
     languages: tuple[str, ...] = ()
     latency: str = "medium"
     glossary: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -86,6 +87,10 @@ class SessionConfig:
         if self.lookahead not in (None, "fixed", "adaptive"):
             raise DragomanError(
                 "unsupported_lookahead", f"lookahead is {self.lookahead!r}; choose fixed or adaptive, or leave it out"
+            )
+        if not 0 <= self.sure_probability <= 1:
+            raise DragomanError(
+                "unsupported_lookahead", f"sure_probability is {self.sure_probability}; choose a value from 0 to 1"
             )
         if self.latency not in LATENCIES:
             raise DragomanError(
@@ -267,7 +272,7 @@ class Session(Teller):
         if not self._encoder.may_wait:
             return False
         if tokens:
-            return min(token.probability for token in tokens) < SURE_PROBABILITY
+            return min(token.probability for token in tokens) < self.config.sure_probability
         return not self._silent(done.reach[-1] + 1, SILENCE_EVIDENCE_FRAMES)
 
     def _at_end(self) -> bool:

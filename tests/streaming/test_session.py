@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,16 +190,15 @@ def test_the_look_ahead_may_change_while_the_stream_runs(
 
 def test_a_chunk_grows_while_the_decoder_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     def chunks(probability: float, *, silent: bool) -> list[int]:
-        monkeypatch.setattr("streaming.session.SURE_PROBABILITY", probability)
         monkeypatch.setattr("models.vad.is_silent", lambda _: silent)
-        session, reached = opened(config(kind="adaptive")), [0]
+        session, reached = opened(replace(config(kind="adaptive"), sure_probability=probability)), [0]
         for _ in range(70):
             session.push(np.zeros(1280, np.int16) if silent else rng.integers(-9999, 9999, 1280, np.int16))
             reached.append(session._decoder.frames[0])
         return [b - a for a, b in itertools.pairwise(reached) if b > a]
 
     rng = np.random.default_rng(0)
-    assert set(chunks(2.0, silent=False)) == {7}  # never sure: the largest
+    assert set(chunks(1.0, silent=False)) == {7}  # never sure: the largest
     assert set(chunks(0.0, silent=True)) == {1}  # always sure: the smallest
     assert len(set(chunks(0.1, silent=False))) > 1
 

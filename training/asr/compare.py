@@ -33,14 +33,14 @@ from client.normalize import normalize_transcript
 from client.transcribe import transcribe
 from models.adaptive import encode_whole
 from models.checkpoint import load_recognizer
-from models.config import FRAME_MS, SUBSAMPLING_FACTOR, ModelConfig
+from models.config import FRAME_MS, SUBSAMPLING_FACTOR
 from models.recognizer import Recognizer, RecognizerNet
 from streaming.audio import AudioNormalizer
 from streaming.events import TranscriptDelta
 from streaming.features import FrontEnd
 from streaming.session import SessionConfig
 from streaming.text import WORD_BOUNDARY
-from training.asr.train import CHUNK_LOOKAHEADS
+from training.asr.export import averaged
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,10 @@ def read_run(run: Path, tokenizer: bytes, *, chunked: bool = False, gate_bias: f
     Args:
         run: Folder of the run.
         tokenizer: Its SentencePiece model.
-        chunked: Whether a model with gates does without them and looks ahead in chunks.
+        chunked: As in :func:`training.asr.export.averaged`.
         gate_bias: Added to the scores of its gates: below 0 it waits less than it was trained to, above 0 more.
     """
-    state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
-    config, weights = ModelConfig.from_dict(state["config"]), state["average"]
-    if chunked:
-        encoder = replace(config.encoder, gate_frames=0, lookahead_frames=CHUNK_LOOKAHEADS)
-        config = replace(config, encoder=encoder)
-        weights = {name: tensor for name, tensor in weights.items() if ".lookahead." not in name}
+    config, weights = averaged(run, chunked=chunked)
     for name, tensor in weights.items():
         if name.endswith(".lookahead.scores.bias"):
             tensor += gate_bias
@@ -108,6 +103,7 @@ def measure(
     speech: SpeechSet,
     ends_ms: list[list[int]],
     lookaheads_ms: Sequence[int] | None = None,
+    sure_probability: float | None = None,
 ) -> Iterator[Point]:
     """Scores a model at its look-aheads.
 
@@ -117,9 +113,12 @@ def measure(
         speech: What it shall hear.
         ends_ms: Of every utterance, where the reference places the ends of its words.
         lookaheads_ms: The look-aheads; None for all that the model knows.
+        sure_probability: Of chunks that are as small as leaves no doubt; None for what the model does by itself.
     """
     references = [_words(utterance.text) for utterance in speech.utterances]
     for config in session_configs(recognizer, ["rnnt"], lookaheads_ms or recognizer.lookaheads_ms):
+        if sure_probability is not None:
+            config = replace(config, lookahead="adaptive", sure_probability=sure_probability)
         heard = _listen(recognizer, speech, config)
         errors = WordErrors.of([" ".join(words) for words in references], ["".join(ear.text) for ear in heard])
         delays_ms = [ms for ear in heard for ms in ear.delays_ms]
@@ -213,14 +212,15 @@ def _words(text: str) -> list[str]:
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
-    """Draws word error rate over both delays, a line for each run; gates with other biases are one line."""
+    """Draws word error rate over both delays, a line for each run, and for each dial of one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     lines: dict[str, list[Point]] = {}
     for point in points:
-        lines.setdefault(re.sub(", gate_bias .*", ", other gate biases", point.run), []).append(point)
+        name = re.sub(", gate_bias .*", ", other gate biases", point.run)
+        lines.setdefault(re.sub(", by doubt .*", ", by doubt", name), []).append(point)
     for name, own in lines.items():
         own.sort(key=lambda point: point.delay_ms or 0.0)
         rates = [100 * p.wer for p in own]
@@ -246,6 +246,9 @@ def main(
     gate_bias: Annotated[
         list[float] | None, typer.Option(help="Also score the runs with this added to their gates' scores.")
     ] = None,
+    sure_probability: Annotated[
+        list[float] | None, typer.Option(help="Also score chunks as small as leaves so little doubt; models in chunks.")
+    ] = None,
     threads: int = 2,
 ) -> None:
     """Scores runs at all their look-aheads."""
@@ -265,11 +268,15 @@ def main(
         recognizer = read_run(Path(folder), (reference / "tokenizer.model").read_bytes(), **variant)
         # A bias is a look-ahead of its own; caps are for the model as it was trained.
         lookaheads_ms = recognizer.lookaheads_ms[-1:] if "gate_bias" in variant else None
-        for point in measure(name, recognizer, speech, ends_ms, lookaheads_ms):
-            points.append(point)
-            with out.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(point)) + "\n")
-            typer.echo(str(point))
+        found = list(measure(name, recognizer, speech, ends_ms, lookaheads_ms))
+        if not recognizer.adaptive:
+            for sure in sure_probability or ():
+                largest = recognizer.lookaheads_ms[-1:]
+                found += measure(f"{name}, by doubt {sure:g}", recognizer, speech, ends_ms, largest, sure)
+        points += found
+        with out.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(asdict(point)) + "\n" for point in found)
+        typer.echo("\n".join(map(str, found)))
     if picture is not None:
         draw(points, picture)
 

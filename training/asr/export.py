@@ -7,25 +7,42 @@ python -m training.asr.export --run runs/first --tokenizer tokenizer.model --not
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from client.evaluate import read_sets, score, session_configs
 from client.report import draw_curve, markdown_table, require_curve
 from models.checkpoint import load_recognizer, save_checkpoint
 from models.config import ModelConfig
 from models.recognizer import RecognizerNet
+from training.asr.train import CHUNK_LOOKAHEADS
 
 CURVE = "curve.svg"
 SCORES_MARK = "<!-- scores -->"
-STEPS_MARK = "<!-- steps -->"
 
 
-def export(run: Path, tokenizer: Path, out: Path, card: str) -> None:
+def averaged(run: Path, *, chunked: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The shape of a run's model and its averaged weights, under the network's own names.
+
+    Args:
+        run: Folder of a training run.
+        chunked: Whether a model with gates does without them and looks ahead in chunks, as it was trained to with
+            ``--chunked-share``.
+    """
+    state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
+    config, weights = ModelConfig.from_dict(state["config"]), state["average"]
+    if not chunked:
+        return config, weights
+    encoder = replace(config.encoder, gate_frames=0, lookahead_frames=CHUNK_LOOKAHEADS)
+    return replace(config, encoder=encoder), {n: tensor for n, tensor in weights.items() if ".lookahead." not in n}
+
+
+def export(run: Path, tokenizer: Path, out: Path, card: str, *, chunked: bool = False) -> None:
     """Writes the averaged weights of ``run/last.pt`` in bf16.
 
     Args:
@@ -33,12 +50,13 @@ def export(run: Path, tokenizer: Path, out: Path, card: str) -> None:
         tokenizer: The SentencePiece model that it was trained with.
         out: The model folder.
         card: Its model card, Markdown.
+        chunked: As in :func:`averaged`.
     """
-    state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
-    net = RecognizerNet(ModelConfig.from_dict(state["config"]))
-    net.load_state_dict(state["average"])
+    config, average = averaged(run, chunked=chunked)
+    net = RecognizerNet(config)
+    net.load_state_dict(average)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in net.checkpoint().items()}
-    save_checkpoint(out, net.config, weights, tokenizer.read_bytes(), card.replace(STEPS_MARK, f"{state['step']:,}"))
+    save_checkpoint(out, config, weights, tokenizer.read_bytes(), card)
 
 
 def run_export(
@@ -47,6 +65,7 @@ def run_export(
     notes: Annotated[Path, typer.Option(help=f"Text of the card; {SCORES_MARK} becomes the table of scores.")],
     out: Annotated[Path, typer.Option(help="The model folder.")],
     manifest: Annotated[list[Path], typer.Option(help="What to score; may be given several times.")],
+    chunked: Annotated[bool, typer.Option(help="Leave gates out and look ahead in chunks.")] = False,
     threads: int = 2,
 ) -> None:
     """Exports, scores every manifest with both heads, the transducer at every look-ahead, and writes card and curve.
@@ -55,7 +74,7 @@ def run_export(
     """
     require_curve(out.parent / CURVE)
     torch.set_num_threads(threads)
-    export(run, tokenizer, out, notes.read_text(encoding="utf-8"))
+    export(run, tokenizer, out, notes.read_text(encoding="utf-8"), chunked=chunked)
     recognizer = load_recognizer(out)
     configs = session_configs(recognizer, ["ctc"])
     configs += session_configs(recognizer, ["rnnt"], recognizer.lookaheads_ms)

@@ -204,8 +204,8 @@ def test_export_writes_the_average_in_bf16(tmp_path: Path) -> None:
     learner.train_step(batch(), 1.0)
     learner.save(tmp_path / "last.pt")
     (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
-    export(tmp_path, tmp_path / "tokenizer.model", tmp_path / "model", "<!-- steps --> steps")
-    assert (tmp_path / "model" / "README.md").read_text() == "1 steps"
+    export(tmp_path, tmp_path / "tokenizer.model", tmp_path / "model", "card")
+    assert (tmp_path / "model" / "README.md").read_text() == "card"
     net = load_recognizer(tmp_path / "model").net
     expected = learner.average["encoder.pre_encode.out.weight"].bfloat16().float()
     assert torch.equal(net.encoder.pre_encode.out.weight, expected)
