@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sacrebleu.metrics import BLEU, CHRF
+
+from client.evaluate_translation import Quality
 
 
 def translate(sentences: list[str], mode: str) -> list[str]:
@@ -36,12 +37,7 @@ def main(
 ) -> None:
     """Prints BLEU and chrF."""
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()][:limit]
-    references = [row[language] for row in rows]
-    # sacrebleu wants one list for each reference; where a sentence has fewer, None.
-    streams = [[own[k] if k < len(own) else None for own in references] for k in range(max(map(len, references)))]
-    hypotheses = translate([row["text"] for row in rows], mode)
-    for metric in (BLEU(), CHRF()):
-        print(metric.corpus_score(hypotheses, streams), metric.get_signature())
+    print(Quality.of(translate([row["text"] for row in rows], mode), [row[language] for row in rows]))
 
 
 if __name__ == "__main__":
