@@ -41,7 +41,10 @@ class Oracle:
         memory = torch.zeros(1, 2, batch, 1, capacity, 1, dtype=self.dtype)
         return KvCache(memory, torch.zeros(batch, capacity, dtype=torch.int64), none, none)
 
-    def hidden(self, tokens: Tensor, counts: Tensor, cache: KvCache) -> tuple[Tensor, KvCache]:
+    def hidden(
+        self, tokens: Tensor, counts: Tensor, cache: KvCache, *, positions: Tensor | None, visible: Tensor | None
+    ) -> tuple[Tensor, KvCache]:
+        assert positions is None and visible is None  # nobody drafts trees here
         cache = cache.with_room(tokens.shape[1])
         numbers = torch.zeros(*tokens.shape, 1, dtype=torch.int64)
         for b, count in enumerate(counts.tolist()):
