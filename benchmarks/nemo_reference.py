@@ -54,6 +54,7 @@ SHAPES = {
     "hybrid_large": Shape(n_layers=17, d_model=512, n_heads=8),
     "medium": Shape(n_layers=16, d_model=256, n_heads=4),
     "small": Shape(n_layers=16, d_model=176, n_heads=4, pred_hidden=320),
+    "embedded": Shape(n_layers=6, d_model=256, n_heads=4, vocab_size=256, pred_hidden=256),
     "nemotron4": Shape(n_layers=4, d_model=1024, n_heads=8, mel_bins=128, pred_layers=2, use_bias=False),
     "nemotron4_unscaled": Shape(
         n_layers=4, d_model=1024, n_heads=8, mel_bins=128, pred_layers=2, use_bias=False, xscaling=False
