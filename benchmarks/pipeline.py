@@ -4,9 +4,10 @@
 
 NeMo 3.0.0's cache-aware transducer pipeline (``nemo.collections.asr.inference``) reads wave files and streams them in
 chunks of one look-ahead. Ours takes the same samples: as `dragoman transcribe` does for several files together, and
-as a live client sends them, in pieces of 80 ms, for one stream. The weights are random, with the blank preferred, so
-that both write a few words a second (the letters of both are printed). Figures count processor seconds of one thread,
-which other processes disturb less than the clock; a live stream's is the share of one core that it takes.
+as a live client sends them, in pieces of 80 ms, for one stream. The weights are random, and what they write depends on
+the last bits of the features, which NeMo's pipeline computes chunk by chunk: the texts differ, and the letters of both
+are printed, because each costs time. Figures count processor seconds of one thread, which other processes disturb less
+than the clock; a live stream's is the share of one core that it takes.
 """
 
 from __future__ import annotations
