@@ -262,7 +262,7 @@ def main(
     variants += [(item, {"gate_bias": bias}) for item in run for bias in gate_bias or ()]
     for item, variant in variants:
         name, _, folder = item.partition("=")
-        name += "".join(f", {key} {value:g}" for key, value in variant.items())
+        name += f", gate_bias {variant['gate_bias']:g}" if "gate_bias" in variant else ""
         if name in {point.run for point in points}:
             continue
         recognizer = read_run(Path(folder), (reference / "tokenizer.model").read_bytes(), **variant)
