@@ -46,6 +46,7 @@ from training.asr.augment import Augmenter
 from training.asr.data import Batch, TrainingBatches, read_packed, text_batches
 from training.asr.loss import transducer_loss
 from training.asr.synthesize import usable_sentences
+from training.schedule import lr_scale
 
 logger = logging.getLogger(__name__)
 
@@ -405,11 +406,6 @@ def flat_alignment(batch: Batch, blank: int) -> Tensor:
         aligned[row, :frames] = blank
         aligned[row, first:last] = batch.targets[row, :pieces][position] if pieces else blank
     return aligned
-
-
-def lr_scale(step: int, warmup_steps: int, steps: int, decay_steps: int) -> float:
-    """Trapezoid: up over the warm-up, flat, down to zero over the last ``decay_steps``."""
-    return max(0.0, min(1.0, (step + 1) / warmup_steps, (steps - step) / max(1, decay_steps)))
 
 
 def run(

@@ -36,6 +36,7 @@ from models.folder import CONFIG, read_object, required_file
 from models.tokenizer import HUGGING_FACE, HuggingFaceTokenizer
 from models.translator import EAST_PROMPT, END_OF_READ, END_OF_WRITE, NAMES, TranslationConfig
 from streaming.errors import DragomanError
+from training.schedule import lr_scale
 from training.translation.data import (
     PROMPT,
     WRITE,
@@ -50,7 +51,6 @@ from training.translation.data import (
     read_sentences,
 )
 from training.translation.loss import logits_loss
-from training.translation.train import lr_scale
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from models.folder import CONFIG, WEIGHTS, read_object, read_tensors, require_fi
 from models.llm import Llm
 from models.llm_config import LlmConfig
 from models.tokenizer import SENTENCEPIECE, SentencePieceTokenizer
+from training.schedule import lr_scale
 from training.translation.chunks import OFFLINE
 from training.translation.corpus import read_references
 from training.translation.data import WRITE, Batch, Encoder, Packed
@@ -213,11 +214,6 @@ def _optimizers(net: Llm, recipe: Recipe) -> list[torch.optim.Optimizer]:
         matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.98), fused=True)]
-
-
-def lr_scale(step: int, warmup_steps: int, steps: int, decay_steps: int) -> float:
-    """Trapezoid: up over the warm-up, flat, down to zero over the last ``decay_steps``."""
-    return max(0.0, min(1.0, (step + 1) / warmup_steps, (steps - step) / max(1, decay_steps)))
 
 
 def read_tasks(file: Path, languages: tuple[str, ...], limit: int) -> list[Task]:

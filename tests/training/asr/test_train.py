@@ -26,7 +26,6 @@ from training.asr.train import (
     Trainer,
     _validate,
     flat_alignment,
-    lr_scale,
     run,
     spec_augment,
     word_beginnings,
@@ -271,14 +270,6 @@ def test_spec_augment_masks_a_copy_and_only_real_slots() -> None:
     assert torch.equal(masked[1, 80:], mel[1, 80:])
     assert not torch.equal(masked, mel)
     assert (masked == mel).float().mean() > 0.3
-
-
-def test_the_learning_rate_is_a_trapezoid() -> None:
-    scales = [lr_scale(step, 10, 100, 20) for step in range(101)]
-    assert scales[0] == pytest.approx(0.1)
-    assert scales[9:81] == [1.0] * 72
-    assert scales[90] == pytest.approx(0.5)
-    assert scales[100] == 0
 
 
 def packed(folder: Path, lengths: list[int]) -> Path:

@@ -18,12 +18,13 @@ from models.tokenizer import SentencePieceTokenizer
 from models.translator import TranslationConfig, save_translator
 from streaming.errors import DragomanError
 from tests import tiny
+from training.schedule import lr_scale
 from training.translation import data
 from training.translation.align import write_aligned
 from training.translation.chunks import OFFLINE
 from training.translation.corpus import Pair
 from training.translation.data import Encoder, Packed
-from training.translation.train import Recipe, Trainer, lr_scale, read_tasks, run, translator_config
+from training.translation.train import Recipe, Trainer, read_tasks, run, translator_config
 from training.translation.validate import Task, translate, validate
 
 TOKENIZER = SentencePieceTokenizer(tiny.translation_tokenizer())
@@ -153,12 +154,6 @@ def test_a_batch_translates_as_the_naive_loop(rows: list[tuple[str, int]], laten
     tasks = [Task(x, [words[(i + n + seed) % 5] for i in range(n)], ["x"]) for x, n in rows]
     for task, row in zip(tasks, translate(net, ENCODER, tasks, latency), strict=True):
         assert (row.written, row.delays) == naive(net, task, latency)
-
-
-def test_learning_rate_is_a_trapezoid() -> None:
-    scales = [lr_scale(step, 4, 20, 10) for step in range(21)]
-    assert scales[0] == 0.25 and scales[3:11] == [1.0] * 8 and scales[20] == 0.0
-    assert all(a > b for a, b in zip(scales[10:], scales[11:], strict=False))
 
 
 def test_the_embedded_shape_has_eight_and_a_half_million_parameters() -> None:
