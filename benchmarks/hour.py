@@ -173,13 +173,10 @@ def hear(recognizer: Recognizer, spoken: Sequence[np.ndarray], minutes: int, con
         config: Of the sessions; the audio format must be 16 kHz mono float.
         seed: Of the stream.
     """
-    drawn: list[tuple[int, Part]] = []
 
     def pieces() -> Iterator[np.ndarray]:
-        rest, at = np.zeros(0, np.float32), 0
+        rest = np.zeros(0, np.float32)
         for part in parts(spoken, seed):
-            drawn.append((at, part if part.kind == "speech" else part._replace(samples=part.samples[:0])))
-            at += len(part.samples)
             rest = np.concatenate([rest, part.samples])
             whole = len(rest) // PIECE_SAMPLES * PIECE_SAMPLES
             yield from rest[:whole].reshape(-1, PIECE_SAMPLES)
@@ -187,12 +184,13 @@ def hear(recognizer: Recognizer, spoken: Sequence[np.ndarray], minutes: int, con
 
     events: list[Event] = []
     rows = measure(recognizer, pieces(), minutes, config, events)
-    return _compared(recognizer, drawn, words_of(events), rows, config)
+    # The stream is drawn again, so that memory that grows is the session's.
+    return _compared(recognizer, parts(spoken, seed), words_of(events), rows, config)
 
 
 def _compared(
     recognizer: Recognizer,
-    drawn: Sequence[tuple[int, Part]],
+    drawn: Iterator[Part],
     words: list[Word],
     minutes: list[Minute],
     config: SessionConfig,
@@ -201,8 +199,12 @@ def _compared(
     end_ms, ms = 60_000 * len(minutes), RATE_HZ // 1000
     found, explained, before, pauses_s = [], 0, "nothing", 60.0 * len(minutes)
     margin = np.zeros(int(MARGIN_S * RATE_HZ), np.float32)
-    for at, part in drawn:
+    at = 0
+    for part in drawn:
         start_ms, stop_ms = at // ms, (at + len(part.samples)) // ms
+        if start_ms >= end_ms:
+            break
+        at += len(part.samples)
         if part.kind == "speech" and stop_ms + 2000 < end_ms:
             heard = [w.word for w in words if start_ms <= (w.start_ms + w.end_ms) / 2 < stop_ms + SLACK_MS]
             session = Session(recognizer, config)

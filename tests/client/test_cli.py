@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,9 @@ PROGRAM = (
 def start(*arguments: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", PROGRAM, *arguments]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, env=environment)
+    # Where the tests run in a shell's background, Ctrl-C is ignored, and a child would inherit that.
+    heed_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, env=environment, preexec_fn=heed_ctrl_c)
 
 
 def test_on_a_terminal_words_and_speed_share_the_screen(wav: Callable[..., str]) -> None:
