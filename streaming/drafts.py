@@ -21,9 +21,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from models.speculative import ROOT, Draft
 from streaming.errors import DragomanError
@@ -64,12 +65,18 @@ class Context:
         past: The target side so far, :func:`spelled`, end tokens included.
         end: The end token.
         source: What is being written upon: the source's tokens since the last write, :func:`spelled`.
+        sequence: All that the model has read, or reads before the draft, and still remembers, :func:`spelled`: prompt,
+            chunks, and what is open.
+        hidden: What the model made of the place before the last token of ``past``, ``[d_model]``; None if that is not
+            known, as before the first token of a write.
     """
 
     language: str
     past: str
     end: int
     source: str = ""
+    sequence: str = ""
+    hidden: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -112,12 +119,14 @@ class Outcome:
         accepted: The tokens that the model chose there, whether guessed or not; perhaps with an end token as the last.
         rejected: The proposal's tokens that are not among them.
         top_k: For each token of ``accepted`` the model's best tokens at its place; as many as drafters ask for.
+        hidden: What the model made of those places, ``[len(accepted), d_model]``; None if nobody asks for it.
     """
 
     context: Context
     accepted: tuple[int, ...]
     rejected: tuple[int, ...] = ()
     top_k: tuple[tuple[int, ...], ...] = ()
+    hidden: Tensor | None = field(default=None, compare=False)
 
 
 class Drafter(Protocol):
@@ -136,6 +145,14 @@ class Drafter(Protocol):
 
     def observe(self, outcome: Outcome) -> None:
         """Learns from what the model chose."""
+
+
+@runtime_checkable
+class BatchDrafter(Drafter, Protocol):
+    """A drafter that computes the drafts of all rows together."""
+
+    def propose_all(self, contexts: Sequence[Context], k: int) -> list[Proposal]:
+        """For each context what :meth:`propose` would give."""
 
 
 @dataclass(frozen=True)

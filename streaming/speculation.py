@@ -5,11 +5,11 @@ It is shared by the sessions of the engine and is no part of their states: two e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from models.speculative import Draft
-from streaming.drafts import Context, Drafter, Outcome, Proposal
+from streaming.drafts import BatchDrafter, Context, Drafter, Outcome, Proposal
 from streaming.goodput import Cost, Goodput, Shape
 
 #: How sure it is, before the first is seen, that a model writes after a word.
@@ -79,21 +79,31 @@ class Speculation:
             keys: Slots of the longest row.
             begin_write: The token with which a model begins to write.
         """
-        candidates = [[] if wish is None else self._candidates(wish, begin_write) for wish in wishes]
+        found = self._asked([wish for wish in wishes if wish is not None])
+        candidates = [[] if wish is None else self._candidates(wish, next(found), begin_write) for wish in wishes]
         return self.goodput.choose(candidates, decided, keys, longest=self._fixed)
 
-    def _candidates(self, wish: Wish, begin_write: int) -> list[Proposal]:
-        k = self._max_tokens
+    def _asked(self, wishes: Sequence[Wish]) -> Iterator[list[Proposal]]:
+        """For each wish what the drafters propose."""
+        contexts, k = [wish.context for wish in wishes], self._max_tokens
+        by_drafter = [
+            drafter.propose_all(contexts, k)
+            if isinstance(drafter, BatchDrafter)
+            else [drafter.propose(context, k) for context in contexts]
+            for drafter in self._drafters
+        ]
+        return iter([list(proposals) for proposals in zip(*by_drafter, strict=True)] or [[] for _ in wishes])
+
+    def _candidates(self, wish: Wish, found: Sequence[Proposal], begin_write: int) -> list[Proposal]:
         if not wish.words:
-            return [drafter.propose(wish.context, k) for drafter in self._drafters]
+            return list(found)
         if not wish.certain and self._fixed:
             return []  # seldom right, so that only who counts may guess it
         source, sure = f"{READ} {min(wish.words, _MAX_WORDS)}", WRITE_PROBABILITY
         if wish.certain:
             source, sure = f"{READ} all", 1.0
-        found = [drafter.propose(wish.context, k - 1) for drafter in self._drafters]
         return [Proposal(Draft()).after(source, begin_write, sure)] + [
-            one.after(source, begin_write, sure) for one in found if one.sure
+            one.first(self._max_tokens - 1).after(source, begin_write, sure) for one in found if one.sure
         ]
 
     def observe(self, wish: Wish, proposal: Proposal, path: Sequence[int], outcome: Outcome) -> None:

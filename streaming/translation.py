@@ -33,7 +33,7 @@ Source of the format: Fu et al., EAST (arXiv 2504.09570), §3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -150,6 +150,8 @@ class Row:
         write: The open write; None while the row reads.
         begun: Whether it has shown anything.
         past: Target side of the finished chunks, for drafts (:mod:`streaming.drafts`).
+        history: All tokens of the finished chunks that are still in the context, for drafts.
+        hidden: What the model made of the place at which the open write's last token was chosen, for drafts.
     """
 
     direction: Direction
@@ -164,6 +166,8 @@ class Row:
     write: OpenWrite | None = None
     begun: bool = False
     past: str = ""
+    history: str = ""
+    hidden: Tensor | None = field(default=None, compare=False)
 
     @property
     def busy(self) -> bool:
@@ -277,12 +281,14 @@ class _Answers:
         choices: The best token that may be written.
         logits: ``float32[N, vocab_size]``.
         best: The best tokens that may be written, as many as the drafters want.
+        hidden: ``[N, d_model]``.
     """
 
     end_of_read: list[float]
     choices: list[int]
     logits: Tensor
     best: list[list[int]]
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -427,11 +433,13 @@ class Interleaved:
         language, end, past = row.direction.target, self.translator.end_of_write, row.past
         words = row.read + row.queue[: len(plan.words)]
         source = spelled(token for word in words for token in word.ids)
+        sequence = spelled((*row.direction.prompt, *map(ord, row.history + source), self.translator.end_of_read))
         if row.write is not None:
-            return Wish(Context(language, past + spelled(row.write.ids), end, source))
+            ids = spelled(row.write.ids)
+            return Wish(Context(language, past + ids, end, source, sequence + ids, row.hidden))
         if not plan.words or plan.words[-1][1] is False:
             return None
-        return Wish(Context(language, past, end, source), len(words), plan.words[-1][1] is True)
+        return Wish(Context(language, past, end, source, sequence), len(words), plan.words[-1][1] is True)
 
     def _followed(self, row: Row, plan: _Plan, answers: _Answers, at: int, length: int) -> _Followed:
         """What a row becomes by its answers, which begin at ``at``, and how far its draft was right."""
@@ -469,6 +477,7 @@ class Interleaved:
             tuple(answers.choices[i] for i in one.chosen),
             tuple(rejected),
             tuple(tuple(answers.best[i]) for i in one.chosen) if answers.best else (),
+            answers.hidden[list(one.chosen)],
         )
         self.speculation.observe(wish, plan.proposal, one.path, outcome)
 
@@ -498,15 +507,16 @@ class Interleaved:
         hidden, cache, sizes = read(t.llm, [plan.tokens for plan in plans], [plan.draft for plan in plans], state.cache)
         asks = [(b, index) for b, plan in enumerate(plans) for index in plan.asked]
         if not asks:
-            return _Answers([], [], hidden, []), cache, sizes
+            return _Answers([], [], hidden, [], hidden), cache, sizes
         rows, indices = torch.tensor(asks, device=hidden.device).T
-        logits = t.llm.logits(hidden[rows, indices]).float()
+        hidden = hidden[rows, indices]
+        logits = t.llm.logits(hidden).float()
         begins = torch.tensor([_begins(state.rows[b], plans[b], index) for b, index in asks], device=hidden.device)
         masked = logits.masked_fill(torch.where(begins[:, None], t.unable_to_begin, t.unwritable), -torch.inf)
         end_of_read = (logits[:, t.end_of_read] - logits.logsumexp(-1)).exp()
         top_k = 0 if self.speculation is None else self.speculation.top_k
         best = masked.topk(top_k).indices.tolist() if top_k else []
-        return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits, best), cache, sizes
+        return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits, best, hidden), cache, sizes
 
     # ---------------------------------------------------------------------------------------------------- reading
 
@@ -556,7 +566,8 @@ class Interleaved:
             ids = (*ids, token)
             loop = looping(ids)
             if not loop and len(ids) < write.cap:
-                return replace(row, write=replace(write, ids=ids), pending=(token,)), begin + cached, None
+                write = replace(write, ids=ids)
+                return replace(row, write=write, pending=(token,), hidden=answers.hidden[at]), begin + cached, None
             ids = ids[: len(ids) - loop]
         missing = self._missing(write, ids)
         if missing is not None:
@@ -603,6 +614,8 @@ class Interleaved:
             write=None,
             begun=row.begun or bool(delta),
             past=(row.past + spelled((*ids, self.translator.end_of_write)))[-MAX_PAST_TOKENS:],
+            history=row.history + spelled((*source, self.translator.end_of_read, *ids, self.translator.end_of_write)),
+            hidden=None,
         )
         return row, chunk
 
@@ -619,7 +632,8 @@ class Interleaved:
             if not anew and row.context <= limit:
                 continue
             while row.pairs and (anew or row.context > limit * 3 // 4):
-                lost, row = lost + row.pairs[0], replace(row, pairs=row.pairs[1:])
+                first = row.pairs[0]
+                lost, row = lost + first, replace(row, pairs=row.pairs[1:], history=row.history[first:])
             if row.pairs:
                 keep_first[b] = len(row.direction.prompt)
                 start[b] = keep_first[b] + lost
@@ -713,7 +727,7 @@ def _with_term(row: Row, write: OpenWrite, ids: tuple[int, ...], missing: DueTer
     due = tuple(DueTerm(other.term) for other in write.due if other is not missing)
     forced = missing.term.ids
     write = OpenWrite(write.closes, write.cap + len(forced), ids[:place] + forced, due)
-    return replace(row, write=write, pending=forced), place
+    return replace(row, write=write, pending=forced, hidden=None), place
 
 
 def _without_last(row: Row, dropped: int, length: int) -> tuple[Row, int]:
@@ -723,5 +737,5 @@ def _without_last(row: Row, dropped: int, length: int) -> tuple[Row, int]:
     if not (unread := dropped - queued):
         return row, length
     read = row.read[: len(row.read) - unread]
-    row = replace(row, read=read, words=row.words - unread, write=None, pending=())
+    row = replace(row, read=read, words=row.words - unread, write=None, pending=(), hidden=None)
     return row, row.context + row.unread_tokens

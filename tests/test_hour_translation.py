@@ -1,7 +1,6 @@
 """An hour of talk to a session that translates: nothing grows, nothing sticks."""
 
 import pickle
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +9,6 @@ from benchmarks.translation import Segment, interpret, segments, sentences
 from streaming.text_session import TextSession
 from tests import tiny
 
-#: Processor time after which the talk ends, on a machine that is too slow for an hour of it.
-MAX_SECONDS = 45.0
-
 
 @pytest.mark.slow
 def test_an_hour_of_talk_costs_no_more_memory_or_time_than_its_first_minutes() -> None:
@@ -20,21 +16,18 @@ def test_an_hour_of_talk_costs_no_more_memory_or_time_than_its_first_minutes() -
     languages = ["es", "de", "fr"]
     session = TextSession(tiny.translator(0, max_context_tokens=96), languages)
     sizes: list[int] = []
-    end = time.process_time() + MAX_SECONDS
 
     def talk() -> Iterator[Segment]:
         for segment in segments(sentences(), 0):
-            if time.process_time() > end:
-                return
             sizes.append(remembered_bytes(session))
             yield segment
 
     told = interpret(session, languages, talk(), 60)
     early, late, fifth = told.minutes[4], told.minutes[-1], len(sizes) // 5
-    assert len(told.minutes) > 10
+    assert len(told.minutes) == 60
     assert late.resident_mb < 1.02 * early.resident_mb
     assert late.step_ms_p50 < 2 * early.step_ms_p50  # growth with time would be tenfold; a busy machine is not
-    assert max(sizes[-fifth:]) < 1.2 * max(sizes[:fifth]), "what the session remembers grows"
+    assert max(sizes[-fifth:]) < 1.1 * max(sizes[fifth : 2 * fifth]), "what the session remembers grows"
     assert told.longest_silence() < 10, "a translation has stopped"
     assert 0.8 < told.written(2 / 3, 1) / told.written(0, 1 / 3) < 1.25
     assert told.repetition() < 0.3

@@ -46,6 +46,7 @@ from training.asr.augment import Augmenter
 from training.asr.data import Batch, TrainingBatches, read_packed, text_batches
 from training.asr.loss import transducer_loss
 from training.asr.synthesize import usable_sentences
+from training.optimizers import muon_and_adamw, set_lr
 from training.schedule import lr_scale
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Recipe:
 
     Attributes:
         batch_s: Padded seconds of audio in a batch.
-        peak_lr: AdamW learning rate between warm-up and decay.
+        peak_lr: Learning rate between warm-up and decay.
         easy_steps: The run begins with so many steps on short, unaltered utterances at the largest look-ahead:
             CTC finds its first alignments there, which it hardly does among long ones.
         easy_s: What is short.
@@ -160,21 +161,14 @@ class Trainer:
         self.recipe, self.device, self.autocast = recipe, device, autocast
         self.net = RecognizerNet(config, dropout=recipe.dropout).to(device)
         _initialise(self.net)
-        decayed = [p for p in self.net.parameters() if p.dim() > 1]
-        others = [p for p in self.net.parameters() if p.dim() <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.98), fused=True)
+        self.optimizers = muon_and_adamw(self.net, recipe.peak_lr, recipe.weight_decay)
         self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
         self.step = 0
 
     def train_step(self, batch: Batch, lr_scale: float, text: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
         """One optimiser step on speech and, once the transducer learns, on text; returns the losses per piece."""
         self.net.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.peak_lr * lr_scale
+        set_lr(self.optimizers, self.recipe.peak_lr * lr_scale)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             losses = self._losses(batch)
             if text is not None and "rnnt" in losses:
@@ -184,13 +178,14 @@ class Trainer:
             total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
         if "text" in losses:
             total = total + self.recipe.text_weight * losses["text"]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if torch.distributed.is_initialized():
             _average_gradients(self.net)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
         if torch.isfinite(norm):  # a step that overflowed is dropped, not averaged in
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.step += 1
         self._update_average()
         return {name: loss.item() for name, loss in (losses | {"norm": norm}).items()}
@@ -306,7 +301,7 @@ class Trainer:
         state = {
             "net": self.net.state_dict(),
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "recipe": asdict(self.recipe),
             "config": self.net.config.to_dict(),
@@ -328,7 +323,8 @@ class Trainer:
         state = torch.load(file, map_location=self.device, weights_only=True)
         self.net.load_state_dict(state["net"])
         self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
         self.step = state["step"]
 
 
@@ -431,6 +427,10 @@ def run(
     latency_weight: Annotated[float, typer.Option(help="Nats that a frame of delay costs where a word is told.")] = 0.0,
     chunked_share: Annotated[float, typer.Option(help="Share of utterances encoded in chunks; with gates.")] = 0.0,
     hardening_steps: Annotated[int, typer.Option(help="Steps in which gates become hard; with gates.")] = 3000,
+    batch_s: Annotated[float, typer.Option(help="Padded seconds of audio in a batch.")] = Recipe.batch_s,
+    peak_lr: Annotated[float, typer.Option(help="Learning rate between warm-up and decay.")] = Recipe.peak_lr,
+    altered_share: Annotated[float, typer.Option(help="Share of utterances that are augmented.")] = Recipe.altered_share,
+    masks: Annotated[int, typer.Option(help="SpecAugment's masks in time, and in frequency.")] = Recipe.time_masks,
     threads: int = 2,
     device: str = "cpu",
     bf16: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
@@ -447,6 +447,11 @@ def run(
         latency_from_step=latency_from_step,
         hardening_steps=hardening_steps,
         chunked_share=chunked_share,
+        batch_s=batch_s,
+        peak_lr=peak_lr,
+        altered_share=altered_share,
+        freq_masks=masks,
+        time_masks=masks,
     )
     config = small_model_config(gates, width, lookahead_frames or ())
     trainer = Trainer(config, recipe, device, autocast=bf16, telling=word_beginnings(tokenizer))

@@ -31,6 +31,7 @@ from models.folder import CONFIG, WEIGHTS, read_object, read_tensors, require_fi
 from models.llm import Llm
 from models.llm_config import LlmConfig
 from models.tokenizer import SENTENCEPIECE, SentencePieceTokenizer
+from training.optimizers import muon_and_adamw, set_lr
 from training.schedule import lr_scale
 from training.translation.chunks import OFFLINE
 from training.translation.corpus import read_references
@@ -105,7 +106,7 @@ class Trainer:
         self.recipe, self.end_of_read, self.device, self.bf16 = recipe, end_of_read, device, bf16
         self.net = Llm(config).to(device)
         initialise(self.net)
-        self.optimizers = _optimizers(self.net, recipe)
+        self.optimizers = muon_and_adamw(self.net, recipe.peak_lr, recipe.weight_decay)
         self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
         self.step = 0
 
@@ -130,9 +131,8 @@ class Trainer:
         (losses.total / written).backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
         if torch.isfinite(norm):  # a step that overflowed is dropped, not averaged in
+            set_lr(self.optimizers, self.recipe.peak_lr * lr_scale)
             for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.recipe.peak_lr * lr_scale
                 optimizer.step()
         self.net.zero_grad(set_to_none=True)
         self.step += 1
@@ -196,24 +196,6 @@ def initialise(net: Llm) -> None:
         for name, tensor in net.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 tensor.mul_(scale)
-
-
-def _optimizers(net: Llm, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (Jordan et al. 2024; Liu et al., arXiv 2502.16982, §2), AdamW for the rest.
-
-    Muon's steps are scaled to the size of AdamW's, so that both have one learning rate.
-    """
-    matrices = [p for name, p in net.named_parameters() if p.dim() == 2 and ".layers." in name]
-    taken = {id(p) for p in matrices}
-    others = [p for p in net.parameters() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.98), fused=True)]
 
 
 def read_tasks(file: Path, languages: tuple[str, ...], limit: int) -> list[Task]:
