@@ -17,7 +17,7 @@ def muon_and_adamw(net: nn.Module, lr: float, weight_decay: float) -> list[Optim
         weight_decay: Of what has two dimensions or more, from 0.
     """
     named = dict(net.named_parameters())
-    matrices = {name for name, p in named.items() if p.dim() == 2 and ".layers." in name and name.endswith("weight")}
+    matrices = [name for name, p in named.items() if p.dim() == 2 and ".layers." in name and name.endswith("weight")]
     others = [p for name, p in named.items() if name not in matrices]
     groups = [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},

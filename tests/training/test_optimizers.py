@@ -25,6 +25,15 @@ def test_each_parameter_is_moved_by_one_optimiser_and_matrices_of_layers_by_muon
     assert not [name for name in muon if name.endswith(outside)]
 
 
+def test_the_order_is_that_of_the_network_so_that_a_stored_state_fits() -> None:
+    net = tiny.net()
+    order = {id(p): i for i, p in enumerate(net.parameters())}
+    for optimizer in muon_and_adamw(net, 1e-3, 0.1):
+        for group in optimizer.param_groups:
+            places = [order[id(p)] for p in group["params"]]
+            assert places == sorted(places)
+
+
 def test_biases_and_norms_are_not_decayed() -> None:
     net = tiny.net()
     _, adamw = muon_and_adamw(net, 1e-3, 0.1)

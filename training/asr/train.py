@@ -429,7 +429,9 @@ def run(
     hardening_steps: Annotated[int, typer.Option(help="Steps in which gates become hard; with gates.")] = 3000,
     batch_s: Annotated[float, typer.Option(help="Padded seconds of audio in a batch.")] = Recipe.batch_s,
     peak_lr: Annotated[float, typer.Option(help="Learning rate between warm-up and decay.")] = Recipe.peak_lr,
-    altered_share: Annotated[float, typer.Option(help="Share of utterances that are augmented.")] = Recipe.altered_share,
+    altered_share: Annotated[
+        float, typer.Option(help="Share of utterances that are augmented.")
+    ] = Recipe.altered_share,
     masks: Annotated[int, typer.Option(help="SpecAugment's masks in time, and in frequency.")] = Recipe.time_masks,
     threads: int = 2,
     device: str = "cpu",

@@ -4,8 +4,9 @@
 
 A pair may be cut where no link crosses the cut: what is said before it translates what was heard before it. The cuts
 that a pair allows make its smallest chunk pairs; a latency level joins neighbours until the source side of each has
-that level's number of words. Unlinked words go to the later chunk, where more has been heard; a target word without
-letters, such as a French question mark, stays with the word before it.
+that level's number of words. How much of the sentence is still to come does not matter, since who hears it cannot know.
+Unlinked words go to the later chunk, where more has been heard; a target word without letters, such as a French
+question mark, stays with the word before it.
 
 The command prints how the levels cut, and some examples.
 """
@@ -22,8 +23,10 @@ import typer
 
 from training.translation.align import Links, read_aligned, word_stem
 
-#: Source words of a chunk, at least; the last one of a sentence may have half as many.
-LEVEL_WORDS = {"low": 2, "low-medium": 3, "medium": 4, "medium-high": 5, "high": 7}
+#: Source words of a chunk, at least; the last one of a sentence may have fewer.
+LEVEL_WORDS = {"low": 2, "low-medium": 3, "medium": 5, "medium-high": 6, "high": 8}
+#: The same for languages with fewer places to cut, so that a level's lag is about that of the other languages.
+_LEVEL_WORDS_IN = {"de": {"low": 2, "low-medium": 3, "medium": 4, "medium-high": 5, "high": 7}}
 OFFLINE = "offline"
 #: A pair that allows no cut, though it has this many times its level's words, teaches to wait for everything.
 UNCUT_RATIO = 2.0
@@ -66,24 +69,31 @@ def smallest_chunks(source: list[str], target: list[str], links: Links) -> list[
     return [*cuts, ChunkPair(n, m)]
 
 
+def level_words(latency: str, language: str) -> int:
+    """Source words of a chunk at a latency level into a language, at least."""
+    return _LEVEL_WORDS_IN.get(language, LEVEL_WORDS)[latency]
+
+
 def at_level(smallest: list[ChunkPair], words: int) -> list[ChunkPair]:
-    """Joins chunk pairs so that each has ``words`` source words, or the last one half as many, rounded up."""
-    chunks, last, total = [], 0, smallest[-1].source_end
+    """Joins chunk pairs so that each has ``words`` source words, or ends the pair."""
+    chunks, last = [], 0
     for chunk in smallest[:-1]:
-        if chunk.source_end - last >= words and total - chunk.source_end >= (words + 1) // 2:
+        if chunk.source_end - last >= words:
             chunks.append(chunk)
             last = chunk.source_end
     return [*chunks, smallest[-1]]
 
 
-def chunk_pairs(smallest: list[ChunkPair], latency: str) -> list[ChunkPair]:
-    """The chunk pairs of a latency level; all of the sentence at once for ``offline``."""
-    return smallest[-1:] if latency == OFFLINE else at_level(smallest, LEVEL_WORDS[latency])
+def chunk_pairs(smallest: list[ChunkPair], latency: str, language: str) -> list[ChunkPair]:
+    """The chunk pairs of a latency level into a language; all of the sentence at once for ``offline``."""
+    return smallest[-1:] if latency == OFFLINE else at_level(smallest, level_words(latency, language))
 
 
-def is_uncut(chunks: list[ChunkPair], latency: str) -> bool:
+def is_uncut(chunks: list[ChunkPair], latency: str, language: str) -> bool:
     """Whether a pair is one chunk though its level would cut it in several, if its word order allowed."""
-    return len(chunks) == 1 and latency != OFFLINE and chunks[0].source_end >= UNCUT_RATIO * LEVEL_WORDS[latency]
+    if len(chunks) > 1 or latency == OFFLINE:
+        return False
+    return chunks[0].source_end >= UNCUT_RATIO * level_words(latency, language)
 
 
 def run(
@@ -103,9 +113,9 @@ def run(
         counts["words"] += len(source)
         counts["smallest"] += len(smallest)
         for latency in LEVEL_WORDS:
-            chunks = chunk_pairs(smallest, latency)
+            chunks = chunk_pairs(smallest, latency, pair.language)
             counts[latency] += len(chunks)
-            counts[f"{latency} uncut"] += is_uncut(chunks, latency)
+            counts[f"{latency} uncut"] += is_uncut(chunks, latency, pair.language)
         if rng.random() < 0.001:
             drawn.setdefault(pair.language, []).append(_shown(source, target, smallest))
     for language, c in sums.items():

@@ -10,12 +10,12 @@ Half of them have their sources as the recogniser writes (lower case, no punctua
 some with its errors: words put for similar ones, left out and put in, or what it really made of the sentence. The other
 half, and all targets, are as written. Each of several passes over the pairs draws joins, levels and errors anew. A pair
 that its level cannot cut goes, but for a share, into an offline sequence of that pass, lest the model learn to wait for
-everything.
+everything. Sentences of a sequence follow each other with a pause between them, at which a write is forced, or without.
 
 What a position has to learn is the *kind* of the id that follows it:
 
 =============  =====================================================================================================
-``PROMPT``     nothing
+``PROMPT``     nothing; also ``<|end-of-read|>`` where it is forced without a sign in the words
 ``SOURCE``     the next piece of the source, with a small weight: inside a word, and for a chunk's first word
 ``READ_ON``    that the reader goes on (not ``<|end-of-read|>``) in full, and which word comes with the small weight
 ``WRITE``      the next id of the target, ``<|end-of-read|>`` and ``<|end-of-write|>``, in full
@@ -33,7 +33,7 @@ import itertools
 import json
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -71,6 +71,8 @@ class Mix:
         recognised_share: Of the sentences of which real recogniser output is there, if not as written.
         uncut_share: Share of the pairs that their level cannot cut that stay at it.
         joined: Probability that a further sentence follows in a sequence.
+        continuous_share: Of the sequences of several sentences those without a pause between them, which are cut as if
+            they were one.
         max_ids: Sequences are not joined beyond so many ids, and longer pairs are left out.
     """
 
@@ -82,6 +84,7 @@ class Mix:
     recognised_share: float = 0.5
     uncut_share: float = 0.3
     joined: float = 0.5
+    continuous_share: float = 0.5
     max_ids: int = 240
     seed: int = 1
 
@@ -130,9 +133,24 @@ class Sentence:
         words = [text.split() for text in spoken if text is not None]
         return cls(pair.language, source, target, smallest, words if len(words) == len(smallest) else None)
 
+    @classmethod
+    def joined(cls, sentences: Sequence[Sentence]) -> Sentence:
+        """Sentences of one language that follow each other without a pause, as one that may be cut between them too."""
+        source, target, smallest = list[str](), list[str](), list[ChunkPair]()
+        spoken: list[list[str]] | None = []
+        for one in sentences:
+            smallest += [ChunkPair(len(source) + c.source_end, len(target) + c.target_end) for c in one.smallest]
+            source, target = source + one.source, target + one.target
+            spoken = None if spoken is None or one.spoken is None else spoken + one.spoken
+        return cls(sentences[0].language, source, target, smallest, spoken)
+
+    def is_uncut(self, latency: str) -> bool:
+        """Whether its word order does not allow what a latency level asks for."""
+        return is_uncut(chunk_pairs(self.smallest, latency, self.language), latency, self.language)
+
     def chunks(self, latency: str, *, spoken: bool) -> Chunks:
         """The words at a latency level; with ``spoken``, which must exist, in spoken form."""
-        ends = chunk_pairs(self.smallest, latency)
+        ends = chunk_pairs(self.smallest, latency, self.language)
         starts = [ChunkPair(0, 0), *ends]
         source = [self.source[a.source_end : b.source_end] for a, b in zip(starts, ends, strict=False)]
         target = [self.target[a.target_end : b.target_end] for a, b in zip(starts, ends, strict=False)]
@@ -277,20 +295,20 @@ class Encoder:
         sequence.add(prompt, PROMPT)
         return sequence
 
-    def add_chunks(self, sequence: Interleaved, chunks: Chunks, *, decides: bool = True) -> None:
+    def add_chunks(self, sequence: Interleaved, chunks: Chunks, *, told: Set[int] = frozenset()) -> None:
         """Appends chunk pairs.
 
         Args:
             sequence: Grows.
             chunks: At least one word on both sides of each.
-            decides: Whether the model has to learn when to write; offline it is told.
+            told: Indices of those after whose source the model is told to write, and has not to learn when.
         """
-        for source, target in zip(chunks.source, chunks.target, strict=True):
+        for i, (source, target) in enumerate(zip(chunks.source, chunks.target, strict=True)):
             for k, word in enumerate(source):
                 first, *rest = self.word(word)
                 sequence.add([first], READ_ON if k else SOURCE)
                 sequence.add(rest, SOURCE)
-            sequence.add([self.end_of_read], WRITE if decides else PROMPT)
+            sequence.add([self.end_of_read], PROMPT if i in told else WRITE)
             for word in target:
                 sequence.add(self.word(word), WRITE)
             sequence.add([self.end_of_write], WRITE)
@@ -327,27 +345,31 @@ class Writer:
     ) -> Iterator[Interleaved]:
         """Takes sentences from ``waiting`` until a sequence is full; those that cannot be cut go to ``uncut``."""
         mix = self._mix
-        spoken, sentences = rng.random() >= mix.written_share, 1
-        while sentences < _MAX_SENTENCES and rng.random() < mix.joined:
-            sentences += 1
-        erroneous, whole = rng.random() < mix.error_share, latency == OFFLINE and rng.random() < 0.5
-        parts: list[Chunks] = []
-        words = 0
-        while waiting and len(parts) < sentences:
-            sentence = waiting[0]
-            words += len(sentence.source) + len(sentence.target)
-            if parts and words > mix.max_ids / 2:
+        spoken, count = rng.random() >= mix.written_share, 1
+        while count < _MAX_SENTENCES and rng.random() < mix.joined:
+            count += 1
+        sentences, words = list[Sentence](), 0
+        while waiting and len(sentences) < count:
+            words += len(waiting[0].source) + len(waiting[0].target)
+            if sentences and words > mix.max_ids / 2:
                 break
-            waiting.popleft()
-            if is_uncut(chunk_pairs(sentence.smallest, latency), latency) and rng.random() >= mix.uncut_share:
+            sentence = waiting.popleft()
+            if sentence.is_uncut(latency) and rng.random() >= mix.uncut_share:
                 uncut.append(sentence)
             else:
-                parts.append(self._chunks(sentence, latency, spoken, erroneous, rng))
-        if not parts:
+                sentences.append(sentence)
+        if not sentences:
             return
-        chunks = Chunks(sum((p.source for p in parts), []), sum((p.target for p in parts), []))
-        sequence = self._encoder.begin(sentence.language, latency)
-        self._encoder.add_chunks(sequence, chunks.joined() if whole else chunks, decides=latency != OFFLINE)
+        if len(sentences) > 1 and rng.random() < (0.5 if latency == OFFLINE else mix.continuous_share):
+            sentences = [Sentence.joined(sentences)]
+        erroneous = rng.random() < mix.error_share
+        sequence = self._encoder.begin(sentences[0].language, latency)
+        for sentence in sentences:
+            heard = spoken and sentence.spoken is not None
+            chunks = self._chunks(sentence, latency, spoken, erroneous, rng)
+            last = len(chunks.source) - 1
+            # Where a speaker pauses, a spoken sentence is over without a sign in its words, and a write is forced.
+            self._encoder.add_chunks(sequence, chunks, told={last} if heard or latency == OFFLINE else set())
         if len(sequence.ids) <= mix.max_ids:
             yield sequence
 

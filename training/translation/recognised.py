@@ -1,6 +1,7 @@
 """Has a recogniser hear sentences of the corpus, for the mistakes that its translator will read.
 
-    python -m training.translation.recognised --manifest synth/flite.jsonl --model models/en-small --out recognised.jsonl
+    python -m training.translation.recognised --manifest synth/flite.jsonl --model models/en-small \
+        --out recognised.jsonl
 
 The manifests are those of :mod:`training.asr.synthesize`. Out come JSON lines with ``text`` and ``recognised``, as
 ``training.translation.data --recognised`` reads them. What the recogniser did not hear at all is left out, and so is

@@ -14,6 +14,7 @@ from training.translation.chunks import (
     at_level,
     chunk_pairs,
     is_uncut,
+    level_words,
     smallest_chunks,
 )
 
@@ -66,23 +67,27 @@ def test_unlinked_words_go_to_the_later_chunk_and_marks_stay() -> None:
 
 
 @settings(deadline=None)
-@given(cases, st.sampled_from(sorted(LEVEL_WORDS)))
+@given(cases, st.sampled_from(sorted(LEVEL_WORDS)), st.sampled_from(["es", "de"]))
 def test_levels_join_chunks_to_their_number_of_words(
-    case: tuple[int, list[str], set[tuple[int, int]]], latency: str
+    case: tuple[int, list[str], set[tuple[int, int]]], latency: str, language: str
 ) -> None:
     n, target, links = case
     smallest = smallest_chunks(["word"] * n, target, sorted(links))
-    chunks, words = chunk_pairs(smallest, latency), LEVEL_WORDS[latency]
+    chunks, words = chunk_pairs(smallest, latency, language), level_words(latency, language)
     assert set(chunks) <= set(smallest) and chunks[-1] == smallest[-1]
     lengths = [b.source_end - a.source_end for a, b in pairwise([ChunkPair(0, 0), *chunks])]
     assert all(length >= words for length in lengths[:-1])
-    assert len(lengths) == 1 or lengths[-1] >= words / 2
+    cuts, ends = {c.source_end for c in smallest}, {c.source_end for c in chunks}
+    starts = [0, *(c.source_end for c in chunks)]
+    for start, end in pairwise(starts):
+        assert not [cut for cut in cuts - ends if start + words <= cut < end], "a cut is taken as soon as it may be"
     assert at_level(smallest, 1) == smallest
-    assert chunk_pairs(smallest, OFFLINE) == [smallest[-1]]
+    assert chunk_pairs(smallest, OFFLINE, language) == [smallest[-1]]
 
 
 def test_uncut_is_what_its_level_would_have_cut() -> None:
-    assert is_uncut([ChunkPair(8, 5)], "medium")
-    assert not is_uncut([ChunkPair(7, 5)], "medium")
-    assert not is_uncut([ChunkPair(4, 2), ChunkPair(8, 5)], "medium")
-    assert not is_uncut([ChunkPair(30, 5)], OFFLINE)
+    assert is_uncut([ChunkPair(10, 5)], "medium", "es")
+    assert not is_uncut([ChunkPair(9, 5)], "medium", "es")
+    assert is_uncut([ChunkPair(9, 5)], "medium", "de")
+    assert not is_uncut([ChunkPair(4, 2), ChunkPair(10, 5)], "medium", "es")
+    assert not is_uncut([ChunkPair(30, 5)], OFFLINE, "es")

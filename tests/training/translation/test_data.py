@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,9 @@ PAIR = Pair("es", "The speaker, Mr. Green, is still talking.", "El hablante, seÃ
 LINKS = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (6, 5)]
 
 
-def sequence(chunks: Chunks, latency: str = "medium", *, decides: bool = True) -> Interleaved:
+def sequence(chunks: Chunks, latency: str = "medium", *, told: frozenset[int] = frozenset()) -> Interleaved:
     made = ENCODER.begin("es", latency)
-    ENCODER.add_chunks(made, chunks, decides=decides)
+    ENCODER.add_chunks(made, chunks, told=told)
     return made
 
 
@@ -75,8 +75,8 @@ def test_kinds_say_what_each_position_learns() -> None:
     wanted += [WRITE] * (2 + len(ENCODER.word("hablante")))
     assert made.kinds == wanted
     assert made.ids.index(ends[0]) == len(wanted) - 2 - len(ENCODER.word("hablante"))
-    told = sequence(Chunks([["talking"]], [["hablante"]]), decides=False)
-    assert told.kinds[told.ids.index(ends[0])] == PROMPT
+    told = sequence(Chunks([["talking"], ["speaker"]], [["hablante"], ["y"]]), told=frozenset({1}))
+    assert [kind for token, kind in zip(told.ids, told.kinds, strict=True) if token == ends[0]] == [WRITE, PROMPT]
 
 
 def test_levels_keep_the_words_in_both_forms() -> None:
@@ -158,6 +158,43 @@ def test_a_pass_holds_each_sentence_once() -> None:
     assert len(latencies) == 6
     again = list(writer.one_pass(given_sentences, random.Random(3)))
     assert again == made
+
+
+def test_a_spoken_sentence_ends_without_a_sign_unless_the_next_one_follows_at_once() -> None:
+    """Whether to write is learnt wherever a cut is, but not from the pause that ends a spoken sentence."""
+    read = TOKENIZER.id_of(END_OF_READ)
+    pairs = [Pair("es", "the speaker is still talking and the speaker", f"a b c d e f g {k}") for k in range(4)]
+    given_sentences = [Sentence.of(pair, [(i, i) for i in range(8)]) for pair in pairs]
+
+    def kinds(written_share: float, continuous_share: float) -> list[list[int]]:
+        mix = Mix(
+            written_share=written_share,
+            continuous_share=continuous_share,
+            error_share=0.0,
+            joined=1.0,
+            offline_share=0.0,
+        )
+        writer = Writer(ENCODER, mix, RecogniserErrors({}), {})
+        made = [writer._paragraph(deque(given_sentences), "low", deque(), random.Random(0))]
+        return [
+            [kind for token, kind in zip(one.ids, one.kinds, strict=True) if token == read]
+            for some in made
+            for one in some
+        ]
+
+    assert kinds(0.0, 0.0) == [[WRITE, WRITE, WRITE, PROMPT] * 4]
+    assert kinds(0.0, 1.0) == [[WRITE] * 15 + [PROMPT]]
+    assert kinds(1.0, 0.0) == [[WRITE] * 16]
+
+
+def test_joined_sentences_may_be_cut_between_them() -> None:
+    one, other = Sentence.of(PAIR, LINKS), Sentence.of(Pair("es", "still talking", "sigue hablando"), [(0, 0), (1, 1)])
+    both = Sentence.joined([one, other])
+    assert both.source == one.source + other.source and both.target == one.target + other.target
+    low = both.chunks("low", spoken=True)
+    assert sum(low.source, []) == sum(one.chunks("low", spoken=True).source, []) + ["still", "talking"]
+    assert both.chunks(OFFLINE, spoken=False) == Chunks([both.source], [both.target])
+    assert (len(one.source), len(one.target)) in [(c.source_end, c.target_end) for c in both.smallest]
 
 
 def test_what_the_recogniser_made_of_a_sentence_is_mixed_in(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_gold_schedule_gives_the_sequence_of_training(
                 chunks.target.append([*target, f"{n}"])  # a row whose chunks all say the same would begin anew
         chunks = within_bounds(chunks.joined() if latency == OFFLINE else chunks)
         made = ENCODER.begin("es de fr".split()[k], latency)
-        ENCODER.add_chunks(made, chunks, decides=latency != OFFLINE)
+        ENCODER.add_chunks(made, chunks)
         gold.append(made.ids)
     oracle: Any = Oracle(gold)
     translator = Translator(oracle, TOKENIZER, TranslationConfig())

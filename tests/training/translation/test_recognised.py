@@ -38,7 +38,9 @@ def test_each_sentence_has_what_its_own_session_heard(tmp_path: Path) -> None:
     assert all(heard == heard.strip() != "" for heard in together.values())
 
 
-def test_the_file_is_what_packing_reads_and_long_recordings_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_what_packing_reads_and_long_recordings_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(recognised, "load_recognizer", lambda folder: tiny.recognizer())
     out = tmp_path / "recognised.jsonl"
     recognised.run([spoken(tmp_path, (1.0, 6.0, 2.0))], tmp_path, out, max_s=5.0, threads=1)
