@@ -5,10 +5,11 @@ step; speech as files are transcribed. Some segments run once more, each alone a
 computing adds.
 
 - *BLEU* and *chrF* are sacrebleu's over all segments of a set, against all their references; the signatures are part of
-  the score.
-- *Lag* is that of `client.latency`, against the first reference. On text the delay of a target word is the number of
-  source words that had come; in milliseconds, each of them takes `WORD_MS`. On speech it is the audio that had come in
-  when its source words were decided; in words, how many the recogniser had told.
+  the score. Of speech there are also those that the translator would have had, had all been recognised without error,
+  and those of the translation against the one that it would then have made: they need no references.
+- *Lag* is that of `client.latency`, against the first reference, or that translation. On text the delay of a target
+  word is the number of source words that had come; in milliseconds, each of them takes `WORD_MS`. On speech it is the
+  audio that had come in when its source words were decided; in words, how many the recogniser had told.
 - *Computing* adds the backlog (`client.evaluate.backlogs_ms`) at the push that brought the word. The end of a segment
   is a push that comes at once after the last one.
 - *Delay* of a source word of speech is the audio that had come in when the chunk that was written upon it was decided,
@@ -127,9 +128,11 @@ class TranslationScore:
         latency: Level of the translator.
         recognition: Settings of the recogniser, such as ``rnnt, 480 ms``; None for text.
         segments: How many were scored.
-        left_out: How many were not, for want of a reference or of a readable recording.
-        quality: Of their translations; None if there are none.
+        left_out: How many were not, for want of a reference or of a readable recording. Of a set of speech in which
+            nothing has a reference, all are scored by their agreement.
+        quality: Of their translations; None if there are none, or no references.
         quality_from_text: Of the translations of what was said, had it been recognised without error; None for text.
+        agreement: Of the translations of speech against those; None for text.
         lag_words: Lag in source words.
         lag_ms: Lag in milliseconds.
         erasure: Normalized erasure; None if nothing was written.
@@ -147,6 +150,7 @@ class TranslationScore:
     left_out: int
     quality: Quality | None
     quality_from_text: Quality | None
+    agreement: Quality | None
     lag_words: Lagging
     lag_ms: Lagging
     erasure: float | None
@@ -267,6 +271,7 @@ def score_text(
             left_out=len(sources) - len(told),
             quality=_quality(told),
             quality_from_text=None,
+            agreement=None,
             lag_words=Lagging.of([one.in_words() for one in told]),
             lag_ms=Lagging.of([one.in_ms() for one in told]),
             erasure=normalized_erasure(one.shown for one in told),
@@ -404,9 +409,19 @@ def score_speech(
     problems = [f"{u.audio}: {own[-1].problem}; it is not scored" for u, own in pairs if own[-1].problem is not None]
     results = []
     for language in config.languages:
-        ours = [(utterance, own) for utterance, own in heard if language in utterance.translations]
+        scored = [(u, own) for u, own in heard if language in u.translations]
+        ours = scored or heard
         utterances = [utterance for utterance, _ in ours]
-        told = [_told_speech(utterance, language, [(s.events, s.ended) for s in own]) for utterance, own in ours]
+        from_text = _from_text(translator, utterances, language, config.latency, batch_size)
+        if not scored:
+            utterances = [
+                replace(u, translations={language: (text,)}) for u, text in zip(utterances, from_text, strict=True)
+            ]
+        told = [
+            _told_speech(utterance, language, [(s.events, s.ended) for s in own])
+            for utterance, (_, own) in zip(utterances, ours, strict=True)
+        ]
+        references = [utterance.translations[language] for utterance in utterances]
         own_config = replace(config, languages=(language,))
         live, lines = _replay_speech(recognizer, translator, utterances, own_config, replay)
         score = TranslationScore(
@@ -417,8 +432,9 @@ def score_speech(
             recognition=_recognition(recognizer, config),
             segments=len(told),
             left_out=len(speech.utterances) - len(told),
-            quality=_quality(told),
-            quality_from_text=_quality_from_text(translator, utterances, language, config.latency, batch_size),
+            quality=_quality(told) if scored else None,
+            quality_from_text=Quality.of(from_text, references) if scored else None,
+            agreement=Quality.of([one.text for one in told], [[text] for text in from_text]) if told else None,
             lag_words=Lagging.of([one.in_words() for one in told]),
             lag_ms=Lagging.of([one.in_ms() for one in told]),
             erasure=normalized_erasure(one.shown for one in told),
@@ -436,18 +452,13 @@ def _recognition(recognizer: Recognizer, config: SessionConfig) -> str:
     return f"{config.decoder}, {'≤ ' if adaptive else ''}{lookahead_ms} ms"
 
 
-def _quality_from_text(
+def _from_text(
     translator: Translator, utterances: Sequence[Utterance], language: str, latency: str, batch_size: int
-) -> Quality | None:
-    """The quality had everything been recognised without error."""
+) -> list[str]:
+    """The translations had everything been recognised without error."""
     texts = [as_spoken(utterance.text) for utterance in utterances]
     found = _read_out(translator, texts, [language], latency, batch_size)
-    return _quality(
-        [
-            _told_text(text, utterance.translations[language], deltas[language])
-            for text, utterance, deltas in zip(texts, utterances, found, strict=True)
-        ]
-    )
+    return ["".join(delta.text for delta in deltas[language]).strip() for deltas in found]
 
 
 def _told_speech(utterance: Utterance, language: str, pushes: Sequence[tuple[Sequence[Event], bool]]) -> _Told:
@@ -534,7 +545,8 @@ def translation_jobs(
 
     Args:
         translator: The model.
-        sets: What there is. Those without a reference in any of the languages are passed over.
+        sets: What there is. Those without a reference in any of the languages are passed over, but for speech in
+            languages that are asked for.
         languages: Languages that must be scored; none: all that the model knows.
         latencies: Levels; ``all`` stands for every one that the model knows.
         recognizer: The model that hears, if there is speech.
@@ -545,7 +557,7 @@ def translation_jobs(
 
     Raises:
         DragomanError: ``unsupported_language``, ``unsupported_latency``, or ``no_references`` where the sets have none
-            in a language.
+            in a language, and no speech.
     """
     asked = translator.config.latencies if "all" in latencies else tuple(dict.fromkeys(latencies))
     chosen = _scored_languages(translator, sets, languages)
@@ -554,7 +566,9 @@ def translation_jobs(
     jobs: list[Callable[[], list[Scored]]] = []
     sizes = {"batch_size": batch_size, "replay": replay}
     for one in sets:
-        own = tuple(language for language in chosen if any(language in s.translations for s in _segments(one)))
+        own = chosen
+        if isinstance(one, TextSet) or not languages:
+            own = tuple(language for language in chosen if any(language in s.translations for s in _segments(one)))
         for latency in asked if own else ():
             if isinstance(one, TextSet):
                 jobs.append(partial(score_text, translator, one, own, latency, spoken=spoken, **sizes))
@@ -571,7 +585,7 @@ def _scored_languages(
     known = {language for one in sets for segment in _segments(one) for language in segment.translations}
     for language in wanted:
         translator.direction(language, translator.config.latencies[0])
-        if language not in known:
+        if language not in known and all(isinstance(one, TextSet) for one in sets):
             have = f"in {', '.join(sorted(known))} only" if known else "at all"
             names = ", ".join(one.name for one in sets)
             raise DragomanError("no_references", f"{names}: no reference in {language!r}; there are references {have}")

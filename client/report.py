@@ -26,7 +26,7 @@ _NOTHING: Final = "–"
 # A pipe has no width; a row of a table fits in this.
 _PIPE_COLUMNS: Final = 200
 _TRANSLATION_HEADINGS: Final = (
-    *("segments", "left out", "BLEU", "chrF", "from text", "lag words", "lag ms", "live", "with computing"),
+    *("segments", "left out", "BLEU", "chrF", "from text", "as text", "lag words", "lag ms", "live", "with computing"),
     *("delay ms", "NE", "push ms"),
 )
 
@@ -96,8 +96,8 @@ def print_translations(scores: Sequence[TranslationScore], conditions: Condition
         console.print(signature)
     console.print(
         f"Lag is AL/LAAL/DAL/YAAL; live, and with computing, LAAL in ms of the replayed segments. A word of text takes"
-        f" {WORD_MS} ms. From text: BLEU of speech had it been recognised without error. Delay of source words and time"
-        f" of a push: p50/p95. NE: normalized erasure. {_load(conditions)}"
+        f" {WORD_MS} ms. From text: BLEU of speech had it been recognised without error; as text: BLEU against what"
+        f" would then have been written. Delay of source words and time of a push: p50/p95. NE: normalized erasure. {_load(conditions)}"
     )
 
 
@@ -115,13 +115,14 @@ def _load(conditions: Conditions) -> str:
 
 def _signatures(scores: Sequence[TranslationScore]) -> Iterator[str]:
     for score in scores:
-        if score.quality is not None:
-            yield f"BLEU {score.quality.bleu_signature}"
-            yield f"chrF2 {score.quality.chrf_signature}"
+        for quality in (score.quality, score.agreement):
+            if quality is not None:
+                yield f"BLEU {quality.bleu_signature}"
+                yield f"chrF2 {quality.chrf_signature}"
 
 
 def _translation_cells(score: TranslationScore) -> list[str]:
-    live, quality, from_text = score.live, score.quality, score.quality_from_text
+    live, quality, from_text, agreement = score.live, score.quality, score.quality_from_text, score.agreement
     return [
         score.manifest,
         score.language,
@@ -131,6 +132,7 @@ def _translation_cells(score: TranslationScore) -> list[str]:
         _decimal(quality.bleu if quality else None),
         _decimal(quality.chrf if quality else None),
         _decimal(from_text.bleu if from_text else None),
+        _decimal(agreement.bleu if agreement else None),
         "/".join(map(_decimal, _lags(score.lag_words))),
         "/".join(map(_whole, _lags(score.lag_ms))),
         _whole(live.lag_ms.laal if live else None),

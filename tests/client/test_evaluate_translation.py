@@ -245,6 +245,22 @@ def test_the_figures_of_speech_are_those_of_plain_sessions(speech: Path) -> None
     texts = ["".join(delta for delta, _ in told) for told in from_text]
     assert score.quality_from_text.bleu == pytest.approx(bleu(texts, references))
     assert score.quality.bleu == pytest.approx(bleu([i.prediction for i in log], references))
+    assert score.agreement is not None
+    assert score.agreement.bleu == pytest.approx(bleu([i.prediction for i in log], [[text] for text in texts]))
+
+
+def test_speech_without_references_is_scored_against_the_translation_of_its_text(speech: Path) -> None:
+    config = SessionConfig(decoder="ctc", languages=("es",), latency="low")
+    with_references = speech_set(speech)
+    without = replace(with_references, utterances=[replace(u, translations={}) for u in with_references.utterances])
+    (job,) = translation_jobs(TRANSLATOR, [without], ["es"], ["low"], recognizer=RECOGNIZER, configs=[config])
+    ((score, log),) = job()
+    ((expected, known),) = score_speech(RECOGNIZER, TRANSLATOR, with_references, config)
+    assert (score.segments, score.left_out, score.quality, score.quality_from_text) == (4, 0, None, None)
+    assert score.agreement == expected.agreement is not None
+    assert [line.prediction for line in log] == [line.prediction for line in known]
+    assert [line.reference for line in log] == ["".join(text for text, _ in read_out("words go on", "es", "low"))] * 4
+    assert not translation_jobs(TRANSLATOR, [without], [], ["low"], recognizer=RECOGNIZER, configs=[config])
 
 
 def test_live_speech(speech: Path, tmp_path: Path) -> None:

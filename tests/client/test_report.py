@@ -57,7 +57,7 @@ def a_translation(latency: str, laal: float | None, bleu: float | None, **other:
     quality = None if bleu is None else Quality(bleu, bleu + 20, "nrefs:var|tok:13a", "nrefs:var|nc:6")
     fields = {"manifest": "dev", "medium": "text", "language": "es", "recognition": None, "delay": None, "live": None}
     return TranslationScore(
-        latency=latency, segments=4, left_out=1, quality=quality, quality_from_text=None, lag_words=lag,
+        latency=latency, segments=4, left_out=1, quality=quality, quality_from_text=None, agreement=None, lag_words=lag,
         lag_ms=Lagging(laal=None if laal is None else 400 * laal), erasure=0.0, **{**fields, **other},
     )  # type: ignore[arg-type]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Makes one clean recording sound like many: other speeds, rooms, noises, microphones and lines.
 
 Pure functions of samples and a generator, and `Augmenter`, which draws from them. All audio is float32 [n] at
-16 kHz. Only a change of speed changes the length, so word times stay true up to that factor. The cost is
+16 kHz. Only a change of speed and what is put before the recording change the length. The cost is
 about a millisecond of one core per second of audio: a training run can augment anew each time that it draws
 an utterance.
 """
@@ -25,6 +25,7 @@ __all__ = [
     "add_noise",
     "amplify",
     "band_limit",
+    "chords",
     "clip_peaks",
     "coloured_noise",
     "reverberate",
@@ -177,6 +178,23 @@ def coloured_noise(rng: np.random.Generator, n: int, slope: float) -> Samples:
     return noise / np.float32(np.sqrt(max(1e-12, _power(noise))))
 
 
+def chords(rng: np.random.Generator, n: int) -> Samples:
+    """Makes music [n] of mean power 1: chords of three or four voices, struck or held, of 0.2 to 1 s."""
+    music = np.zeros(n, dtype=np.float32)
+    at = 0
+    while at < n:
+        length = min(n - at, int(rng.uniform(0.2, 1.0) * SAMPLE_RATE_HZ))
+        time_s = np.arange(length, dtype=np.float32) / SAMPLE_RATE_HZ
+        envelope = np.exp(-rng.uniform(0.0, 6.0) * time_s) * np.minimum(1.0, time_s / 0.01)
+        root_hz = 110.0 * 2 ** (rng.integers(0, 25) / 12)
+        for step in rng.choice([0, 3, 4, 7, 9, 12], rng.integers(3, 5), replace=False):
+            for harmonic in range(1, rng.integers(2, 6)):
+                tone = np.sin(2 * np.pi * root_hz * 2 ** (step / 12) * harmonic * time_s + rng.uniform(0, 6.28))
+                music[at : at + length] += (tone * envelope / harmonic).astype(np.float32)
+        at += length
+    return music / np.float32(np.sqrt(max(1e-12, _power(music))))
+
+
 @dataclass(frozen=True)
 class AugmentConfig:
     """How often each change is made, and the range that its strength is drawn from (uniformly).
@@ -196,6 +214,9 @@ class AugmentConfig:
         clip_probability: Chance of clipping.
         clip_level: Range of the level that is clipped at, relative to the peak.
         gain_db: Range of the gain.
+        before_probability: Chance that something else is heard before the recording: noise, music or nothing.
+        before_s: Range of its length.
+        before_snr_db: Range of the recording's power relative to it.
     """
 
     speed_probability: float = 0.8
@@ -212,6 +233,9 @@ class AugmentConfig:
     clip_probability: float = 0.05
     clip_level: tuple[float, float] = (0.3, 0.8)
     gain_db: tuple[float, float] = (-12.0, 6.0)
+    before_probability: float = 0.15
+    before_s: tuple[float, float] = (0.3, 4.0)
+    before_snr_db: tuple[float, float] = (-3.0, 25.0)
 
 
 class Augmenter:
@@ -264,6 +288,18 @@ class Augmenter:
         noise = self._noises[rng.choice(len(self._noises), p=self._noise_weights)]
         return _cyclic(noise, int(rng.integers(noise.size)), n)
 
+    def _before(self, samples: Samples, rng: np.random.Generator) -> Samples:
+        """Draws what is heard before a recording, in all of its left context perhaps."""
+        n = int(rng.uniform(*self.config.before_s) * SAMPLE_RATE_HZ)
+        kind = rng.integers(4)
+        if kind == 0:
+            return np.zeros(n, dtype=np.float32)
+        heard = chords(rng, n) if kind == 1 else self._noise(n, rng)
+        level = np.sqrt(_power(samples) / max(1e-12, _power(heard))) * 10 ** (
+            -rng.uniform(*self.config.before_snr_db) / 20
+        )
+        return heard * np.float32(level)
+
     def __call__(self, samples: Samples, rng: np.random.Generator) -> Samples:
         """Draws a version of a recording.
 
@@ -272,7 +308,7 @@ class Augmenter:
             rng: Source of every choice.
 
         Returns:
-            float32 [m] within -1..1; m is n over the speed that was drawn.
+            float32 [m] within -1..1; m is n over the speed that was drawn, and what is heard before.
         """
         config = self.config
         if rng.random() < config.speed_probability:
@@ -281,6 +317,8 @@ class Augmenter:
             samples = reverberate(samples, self._room(rng))
         if rng.random() < config.noise_probability:
             samples = add_noise(samples, self._noise(samples.size, rng), rng.uniform(*config.snr_db))
+        if rng.random() < config.before_probability:
+            samples = np.concatenate([self._before(samples, rng), samples])
         if rng.random() < config.telephone_probability:
             samples = band_limit(samples, *_TELEPHONE_BAND_HZ)
         elif rng.random() < config.low_pass_probability:

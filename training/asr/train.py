@@ -104,8 +104,8 @@ class Recipe:
     easy_batch_s: float = 40.0
     flat_steps: int = 250
     rnnt_from_step: int = 2600
-    rnnt_cells: int = 15_000
-    ctc_weight: float = 0.5
+    rnnt_cells: int = 40_000
+    ctc_weight: float = 0.3
     text_weight: float = 0.2
     text_rows: int = 24
     altered_share: float = 0.6

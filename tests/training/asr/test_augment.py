@@ -19,6 +19,7 @@ from training.asr.augment import (
     add_noise,
     amplify,
     band_limit,
+    chords,
     clip_peaks,
     coloured_noise,
     reverberate,
@@ -35,6 +36,7 @@ NEVER = AugmentConfig(
     low_pass_probability=0,
     clip_probability=0,
     gain_db=(0.0, 0.0),
+    before_probability=0,
 )
 ALWAYS = AugmentConfig(
     speed_probability=1,
@@ -43,6 +45,7 @@ ALWAYS = AugmentConfig(
     telephone_probability=0.5,
     low_pass_probability=1,
     clip_probability=1,
+    before_probability=0,
 )
 
 
@@ -208,3 +211,25 @@ def test_recorded_rooms_begin_with_their_direct_sound(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_noise_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither 'noise' nor 'impulse_response'"):
         Augmenter(write_manifest(tmp_path, "music"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_something_else_may_be_heard_before_the_recording(speech: Samples, seed: int) -> None:
+    config = replace(NEVER, before_probability=1, before_s=(0.5, 1.0), before_snr_db=(6.0, 6.0))
+    heard = Augmenter(config=config)(speech, np.random.default_rng(seed))
+    before = heard[: -speech.size]
+    assert 0.5 * RATE_HZ <= before.size <= RATE_HZ
+    np.testing.assert_array_equal(heard[before.size :], amplify(speech, 0.0))
+    power = float(np.mean(before**2)) / float(np.mean(speech**2))
+    assert power == 0 or power == pytest.approx(10**-0.6, rel=0.01)
+
+
+def test_chords_are_loud_in_few_places_of_the_spectrum() -> None:
+    music = chords(np.random.default_rng(0), 4 * RATE_HZ)
+    assert np.mean(music**2) == pytest.approx(1.0, rel=1e-3)
+
+    def share(samples: Samples) -> float:
+        power = np.sort(np.abs(np.fft.rfft(samples[: RATE_HZ // 5])) ** 2)[::-1]
+        return float(power[:40].sum() / power.sum())
+
+    assert share(music) > 0.8 > 0.5 > share(coloured_noise(np.random.default_rng(0), RATE_HZ, 0.0))
