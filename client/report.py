@@ -97,7 +97,8 @@ def print_translations(scores: Sequence[TranslationScore], conditions: Condition
     console.print(
         f"Lag is AL/LAAL/DAL/YAAL; live, and with computing, LAAL in ms of the replayed segments. A word of text takes"
         f" {WORD_MS} ms. From text: BLEU of speech had it been recognised without error; as text: BLEU against what"
-        f" would then have been written. Delay of source words and time of a push: p50/p95. NE: normalized erasure. {_load(conditions)}"
+        f" would then have been written. Delay of source words and time of a push: p50/p95. NE: normalized erasure."
+        f" {_load(conditions)}"
     )
 
 
