@@ -40,6 +40,11 @@ class Linear:
             return y
         return F.linear(x, self._weight, self._bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``; on a CPU a copy, if frozen."""
+        return self._weight.to_dense() if self._packed else self._weight
+
     def silu(self, x: Tensor) -> Tensor:
         """The product, then SiLU."""
         if self._packed:

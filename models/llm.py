@@ -13,7 +13,8 @@ Sources: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762); the par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +116,30 @@ class Llm(nn.Module):
             _release(self.lm_head)
         return self
 
+    def without(self, layers: Collection[int]) -> Llm:
+        """A frozen model that shares this one's weights and leaves some of its layers out; this one must be frozen.
+
+        Args:
+            layers: Their indices.
+
+        Raises:
+            ValueError: There is no such layer, or none is left.
+        """
+        assert self._frozen is not None, "only a frozen model has a view"
+        c = self.config
+        kept = [i for i in range(c.n_layers) if i not in layers]
+        if not kept or not set(layers) <= set(range(c.n_layers)):
+            raise ValueError(f"layers {sorted(layers)} cannot be left out of a model of {c.n_layers}")
+        windows = tuple(c.windows[i] for i in kept) if c.windows else ()
+        with torch.device("meta"):
+            view = Llm(replace(c, n_layers=len(kept), windows=windows))
+        view.eval().requires_grad_(False)
+        view.lm_head, view.model.layers = None, nn.ModuleList()
+        view.model.embed_tokens, view.model.norm = self.model.embed_tokens, self.model.norm
+        weights, head = self._frozen
+        view._frozen = [weights[i] for i in kept], head
+        return view
+
     def init_state(self, batch: int, *, capacity: int = 256) -> KvCache:
         """The cache of ``batch`` empty sequences, with memory for ``capacity`` tokens each; it grows when needed."""
         c = self.config
@@ -204,6 +229,12 @@ class Llm(nn.Module):
         y = self._head(hidden.reshape(-1, width)).view(*lead, self.config.vocab_size)
         cap = self.config.logit_softcap
         return y if cap is None else cap * torch.tanh(y / cap)
+
+    def output_rows(self, tokens: Tensor) -> Tensor:
+        """The rows of the output matrix that belong to some tokens, ``[len(tokens), d_model]``, without gradient."""
+        tied = self.lm_head is None  # else a frozen model has given its own matrix up
+        matrix = self._output_matrix() if tied or self._frozen is None else self._frozen[1].weight
+        return matrix.detach()[tokens.to(self.device)]
 
     # ------------------------------------------------------------------------------------------- shape of a step
 
