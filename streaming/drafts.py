@@ -7,6 +7,7 @@ speaker decides what follows; so drafts end there too.
 The target side of a row is kept as a string with one character for each token: what stands before a place is a slice of
 it, and what has been said before is found by searching in it.
 
+- :class:`OldOutput`: what a translation said here that was dropped, because the words behind it have changed.
 - :class:`Repetition`: what stood after the last occurrence of the same tokens in the session.
 - :class:`NGrams`: what most often follows the last tokens, or a word of the source and the last token, in the training
   set and in what has been said. The surest context decides.
@@ -39,6 +40,8 @@ MARK: Final = chr(0x10FFFF)
 MAX_SOURCE_TOKENS: Final = 64
 #: File of the n-grams of a model's training set, in its folder.
 SEED: Final = "drafts.safetensors"
+#: How much earlier than expected an old translation may go on, in tokens.
+_SHIFT = 3
 #: Tokens that may follow a context, of which a store keeps count.
 _SUCCESSORS = 4
 #: How much of a count is taken for chance, as Kneser and Ney do; about what held-out translations ask for.
@@ -67,8 +70,9 @@ class Context:
         source: What is being written upon: the source's tokens since the last write, :func:`spelled`.
         sequence: All that the model has read, or reads before the draft, and still remembers, :func:`spelled`: prompt,
             chunks, and what is open.
-        hidden: What the model made of the place before the last token of ``past``, ``[d_model]``; None if that is not
-            known, as before the first token of a write.
+        hidden: What the model made of the place before the last token of ``sequence``, ``[d_model]``; None if that is
+            not known, as where a write may follow words that have not been read yet.
+        former: What a write here said that was dropped, :func:`spelled`, without an end token; empty if there is none.
     """
 
     language: str
@@ -77,6 +81,7 @@ class Context:
     source: str = ""
     sequence: str = ""
     hidden: Tensor | None = field(default=None, compare=False)
+    former: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,45 @@ class BatchDrafter(Drafter, Protocol):
 
     def propose_all(self, contexts: Sequence[Context], k: int) -> list[Proposal]:
         """For each context what :meth:`propose` would give."""
+
+
+@dataclass(frozen=True)
+class OldOutput:
+    """The translation that was dropped, from where the new one has got in it; it learns nothing.
+
+    As long as the new one says the same, that is its own length. Once they differ, it is the place after the last
+    tokens that they have in common, the longest run of them, and of several the next one: a word that was put in or
+    left out costs one forward and not the rest of the draft.
+    ("Self-Speculative Biased Decoding for Faster Live Translation", arXiv 2509.21740, for the first rule, here without its bias.)
+
+    Attributes:
+        longest: Tokens that are looked for at most, once the two differ.
+    """
+
+    longest: int = 4
+    name: str = "old output"
+    top_k: int = 0
+
+    def propose(self, context: Context, k: int) -> Proposal:
+        """See :class:`Drafter`."""
+        written, former = context.past.rpartition(chr(context.end))[2], context.former
+        if former.startswith(written):
+            at, sure = len(written), 0.85
+        else:
+            at, sure = self._place(written, former), 0.55
+        tokens = [ord(c) for c in former[at : at + k]] if at >= 0 else []
+        return Proposal.of(self.name, Draft.chain(tokens), [sure] * len(tokens))
+
+    def _place(self, written: str, former: str) -> int:
+        """Where the old translation goes on after the last tokens of the new one; -1 if it does not have them."""
+        for n in range(min(self.longest, len(written)), 0, -1):
+            last, near = written[-n:], max(0, len(written) - n - _SHIFT)
+            if (at := former.find(last, near)) >= 0 or (at := former.rfind(last)) >= 0:
+                return at + n
+        return -1
+
+    def observe(self, outcome: Outcome) -> None:
+        """See :class:`Drafter`."""
 
 
 @dataclass(frozen=True)

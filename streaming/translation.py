@@ -151,6 +151,7 @@ class Row:
         begun: Whether it has shown anything.
         past: Target side of the finished chunks, for drafts (:mod:`streaming.drafts`).
         history: All tokens of the finished chunks that are still in the context, for drafts.
+        former: Tokens of a translation of what is not finished yet that was dropped, for drafts.
         hidden: What the model made of the place at which the open write's last token was chosen, for drafts.
     """
 
@@ -167,6 +168,7 @@ class Row:
     begun: bool = False
     past: str = ""
     history: str = ""
+    former: str = field(default="", compare=False)
     hidden: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -380,6 +382,23 @@ class Interleaved:
             lengths.append(kept)
         return self.feed(TranslationState(tuple(rows), state.cache.crop(torch.tensor(lengths))), words)
 
+    def recalling(
+        self, state: TranslationState, dropped: TranslationState, chunks: Sequence[TranslatedChunk]
+    ) -> TranslationState:
+        """The state with a translation in mind that went on from it and is dropped: drafts of the next one.
+
+        Args:
+            state: What is gone on with.
+            dropped: What is not.
+            chunks: Those that were finished on the way to it.
+        """
+        rows = []
+        for b, (row, other) in enumerate(zip(state.rows, dropped.rows, strict=True)):
+            former = spelled(token for chunk in chunks if chunk.row == b for token in chunk.ids)
+            former += "" if other.write is None else spelled(other.write.ids)
+            rows.append(replace(row, former=former or row.former))
+        return replace(state, rows=tuple(rows))
+
     def step(
         self, states: Sequence[TranslationState], *, max_forwards: int = 1
     ) -> tuple[list[list[TranslatedChunk]], list[TranslationState]]:
@@ -436,10 +455,11 @@ class Interleaved:
         sequence = spelled((*row.direction.prompt, *map(ord, row.history + source), self.translator.end_of_read))
         if row.write is not None:
             ids = spelled(row.write.ids)
-            return Wish(Context(language, past + ids, end, source, sequence + ids, row.hidden))
+            return Wish(Context(language, past + ids, end, source, sequence + ids, row.hidden, row.former))
         if not plan.words or plan.words[-1][1] is False:
             return None
-        return Wish(Context(language, past, end, source, sequence), len(words), plan.words[-1][1] is True)
+        context = Context(language, past, end, source, sequence, former=row.former)
+        return Wish(context, len(words), plan.words[-1][1] is True)
 
     def _followed(self, row: Row, plan: _Plan, answers: _Answers, at: int, length: int) -> _Followed:
         """What a row becomes by its answers, which begin at ``at``, and how far its draft was right."""
@@ -615,6 +635,7 @@ class Interleaved:
             begun=row.begun or bool(delta),
             past=(row.past + spelled((*ids, self.translator.end_of_write)))[-MAX_PAST_TOKENS:],
             history=row.history + spelled((*source, self.translator.end_of_read, *ids, self.translator.end_of_write)),
+            former="",
             hidden=None,
         )
         return row, chunk
@@ -737,5 +758,6 @@ def _without_last(row: Row, dropped: int, length: int) -> tuple[Row, int]:
     if not (unread := dropped - queued):
         return row, length
     read = row.read[: len(row.read) - unread]
-    row = replace(row, read=read, words=row.words - unread, write=None, pending=(), hidden=None)
+    former = row.former if row.write is None else spelled(row.write.ids)
+    row = replace(row, read=read, words=row.words - unread, write=None, pending=(), former=former, hidden=None)
     return row, row.context + row.unread_tokens
