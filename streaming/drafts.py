@@ -44,6 +44,8 @@ SEED: Final = "drafts.safetensors"
 _SHIFT = 3
 #: Tokens that may follow a context, of which a store keeps count.
 _SUCCESSORS = 4
+#: A draft ends before a token that is less probable than this to be reached: it would not pay, and finding it takes time.
+_LEAST_REACHED = 0.05
 #: How much of a count is taken for chance, as Kneser and Ney do; about what held-out translations ask for.
 _DISCOUNT = 0.8
 
@@ -272,10 +274,11 @@ class NGrams:
     def propose(self, context: Context, k: int) -> Proposal:
         """See :class:`Drafter`."""
         before, tokens, sure = context.past[-MAX_ORDER:], list[int](), list[float]()
-        sources = _sources(context)
+        sources, reached = _sources(context), 1.0
         while len(tokens) < k:
             token, probability = self._next(context.language, _keys(before, sources))
-            if token < 0 or token == context.end:
+            reached *= probability
+            if token < 0 or token == context.end or reached < _LEAST_REACHED:
                 break
             tokens.append(token)
             sure.append(probability)

@@ -2,7 +2,8 @@
 
 What a draft brings is the sum over its tokens of the probability that it and those before it are right; what it costs
 is the time of a forward that reads it. Both are measured while the engine runs, since neither carries over from another
-text or machine. No draft is always among the choices, so that a loaded machine is not made slower.
+text or machine. No draft is always among the choices, so that a loaded machine is not made slower. Asking for drafts
+takes time too, of a second model a great deal, so that it is also measured for which length it pays to ask at all.
 
 Source: Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (arXiv
 2406.14066).
@@ -32,8 +33,13 @@ _FIT_EVERY = 64
 _FIT_WEIGHT = 8
 #: Guesses that count as much as what their source says of them, and after how many the old ones count half.
 _SOURCE_WEIGHT, _MEMORY = 10, 2000
-#: Of so many steps one tries another length, so that no measurement is too old.
+#: Of so many steps one tries the next length, so that no measurement is too old.
 EXPLORE_EVERY: Final = 64
+#: Steps for which another length is asked for, to see what it saves, and steps until the next such trial: at first, and
+#: when many of them have changed nothing.
+_TRIAL, _FIRST_WAIT, _LONGEST_WAIT = 4, 64, 2048
+#: How much a step moves the mean of what asking saves, and how much one of a trial does, of which there are few.
+_MEAN_STEP, _TRIAL_STEP = 1 / 64, 1 / 16
 
 
 class Shape(NamedTuple):
@@ -186,6 +192,79 @@ class Acceptance:
         return reached
 
 
+@dataclass
+class _Asked:
+    """What a step has saved for which drafts of one length were asked for, on the average, in seconds."""
+
+    saved: float = math.inf
+    steps: int = 0
+    tried: int = 0
+
+
+@dataclass
+class _Load:
+    """What is known for one number of rows: of each length, which one is asked for, and when another is tried."""
+
+    lengths: list[_Asked]
+    length: int = 0
+    steps_left: int = 0
+    trying: bool = True
+    best: int = 0
+    wait: int = _FIRST_WAIT
+    trials: int = 0
+
+
+class Asking:
+    """For drafts of which length the drafters are asked: the one that has saved most, less the time that it took.
+
+    Whether a draft is taken is decided when it is there; this decides whether it is made. All lengths are tried at
+    first, and others than the best now and then, the less often the longer it has remained the best.
+    """
+
+    def __init__(self) -> None:
+        self._loads: dict[tuple[int, int], _Load] = {}
+
+    def length(self, rows: int, longest: int) -> int:
+        """What to ask for in the next step, 0 for nothing, up to ``longest``."""
+        load = self._load(rows, longest)
+        if load.steps_left == 0:
+            load.length, load.steps_left = self._next(load)
+        return load.length
+
+    def learned(self, rows: int, longest: int, length: int, saved: float) -> None:
+        """Learns what a step has saved, in seconds, less than nothing if asking took more; once for each."""
+        load = self._load(rows, longest)
+        known = load.lengths[length]
+        known.steps += 1
+        step = max(_TRIAL_STEP if load.trying else _MEAN_STEP, 1 / known.steps)
+        known.saved = saved if known.steps == 1 else known.saved + step * (saved - known.saved)
+        load.steps_left = max(0, load.steps_left - 1)
+
+    def _load(self, rows: int, longest: int) -> _Load:
+        key = _rounded(rows), longest
+        if key not in self._loads:
+            self._loads[key] = _Load([_Asked() for _ in range(longest + 1)])
+        return self._loads[key]
+
+    @staticmethod
+    def _next(load: _Load) -> tuple[int, int]:
+        """The length to ask for next, and for how many steps."""
+        lengths = load.lengths
+        for length in range(len(lengths) - 1, -1, -1):
+            if not lengths[length].steps:
+                return length, _TRIAL
+        best = max(range(len(lengths)), key=lambda length: lengths[length].saved)
+        others = [length for length in range(len(lengths)) if length != best]
+        if load.trying or not others:
+            load.wait = min(2 * load.wait, _LONGEST_WAIT) if best == load.best else _FIRST_WAIT
+            load.best, load.trying = best, False
+            return best, load.wait
+        load.trying, load.trials = True, load.trials + 1
+        other = min(others, key=lambda length: lengths[length].tried)
+        lengths[other].tried = load.trials
+        return other, _TRIAL
+
+
 class Goodput:
     """The controller: from proposals to drafts, for one engine.
 
@@ -195,11 +274,15 @@ class Goodput:
     Attributes:
         cost: It goes on learning.
         acceptance: Of all sources.
+        asking: For how long drafts it pays to ask.
+        saved: Seconds that the drafts of the last step are expected to save.
     """
 
     def __init__(self, cost: Cost | None = None) -> None:
         self.cost = cost or Cost()
         self.acceptance = Acceptance()
+        self.asking = Asking()
+        self.saved = 0.0
         self._steps = 0
 
     def choose(
@@ -216,24 +299,37 @@ class Goodput:
         Returns:
             For each row its best candidate, cut to the length at which tokens per second are highest.
         """
-        best, gains = [], []
+        best, gains = list[Proposal](), list[list[float]]()
         for proposals in candidates:
             found = [(self.acceptance.gains(one), one) for one in proposals if one.sure]
             gain, proposal = max(found, key=lambda one: sum(one[0]), default=([], Proposal()))
             best.append(proposal)
-            gains.append([0.0, *accumulate(gain)])
-        if longest or not (most := max(len(proposal.sure) for proposal in best)):
+            gains.append(gain)
+        self.saved, most = 0.0, max(map(len, gains))
+        if longest or not most:
             return best
+        brought, tokens = _advances(gains, decided, most)
+        seconds = [self.cost.seconds(Shape(len(gains), max(1, n), keys + n)) for n in tokens]
+        length = max(range(most + 1), key=lambda k: brought[k] / seconds[k])
+        self.saved = brought[length] * seconds[0] / max(brought[0], 1e-9) - seconds[length]
         self._steps += 1
         if self._steps % EXPLORE_EVERY == 0:
-            length = self._steps // EXPLORE_EVERY % (most + 1)
-        else:
-            rates = [self._rate(k, gains, decided, keys) for k in range(most + 1)]
-            length = rates.index(max(rates))
+            longer = length == 0 or (self._steps // EXPLORE_EVERY % 2 == 0 and length < most)
+            length += 1 if longer else -1
         return [proposal.first(length) for proposal in best]
 
-    def _rate(self, k: int, gains: list[list[float]], decided: Sequence[int], keys: int) -> float:
-        """Tokens per second with drafts of at most ``k``: who reads advances by one, and by what the draft brings."""
-        tokens = max(n + min(k, len(gain) - 1) for n, gain in zip(decided, gains, strict=True))
-        brought = sum(1 + gain[min(k, len(gain) - 1)] for n, gain in zip(decided, gains, strict=True) if n)
-        return brought / self.cost.seconds(Shape(len(gains), max(1, tokens), keys + tokens))
+
+def _advances(gains: Sequence[Sequence[float]], decided: Sequence[int], most: int) -> tuple[list[float], list[int]]:
+    """For drafts of at most 0, 1 … ``most`` tokens: by how many all rows advance, and how many the longest one reads.
+
+    Who reads advances by one, and by what the draft brings.
+    """
+    more, tokens = [0.0] * (most + 1), [max(decided)] * (most + 1)
+    for n, gain in zip(decided, gains, strict=True):
+        if n:
+            more[0] += 1
+            for k, one in enumerate(gain, 1):
+                more[k] += one
+        for k in range(1, most + 1):
+            tokens[k] = max(tokens[k], n + min(k, len(gain)))
+    return list(accumulate(more)), tokens

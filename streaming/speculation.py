@@ -41,6 +41,7 @@ class Speculation:
         drafters: Asked for each row; the one whose draft promises most is taken.
         max_tokens: Longest draft.
         fixed: Whether drafts have that length whatever they cost, for comparison; else a controller decides.
+            It also decides for how long drafts the drafters are asked, which may not be worth the time at all.
         learns: Whether the drafters are told what became of their drafts.
         cost: As measured by :func:`streaming.goodput.calibrated`; None to find out by and by.
 
@@ -60,10 +61,11 @@ class Speculation:
         learns: bool = True,
         cost: Cost | None = None,
     ) -> None:
-        self._drafters = tuple(drafters)
+        self._drafters = [(drafter, isinstance(drafter, BatchDrafter)) for drafter in drafters]
         self._max_tokens, self._fixed, self._learns = max_tokens, fixed, learns
-        self.top_k = max((drafter.top_k for drafter in self._drafters), default=0) if learns else 0
+        self.top_k = max((drafter.top_k for drafter in drafters), default=0) if learns else 0
         self.goodput = Goodput(cost)
+        self._length, self._asked_rows = max_tokens, 0
         self.forwards = 0
         self.drafted: dict[str, int] = {}
         self.accepted: dict[str, int] = {}
@@ -79,18 +81,20 @@ class Speculation:
             keys: Slots of the longest row.
             begin_write: The token with which a model begins to write.
         """
-        found = self._asked([wish for wish in wishes if wish is not None])
+        asking = [wish for wish in wishes if wish is not None]
+        self._asked_rows = len(wishes) if asking and not self._fixed else 0
+        if self._asked_rows:
+            self._length = self.goodput.asking.length(self._asked_rows, self._max_tokens)
+        found = self._asked(asking)
         candidates = [[] if wish is None else self._candidates(wish, next(found), begin_write) for wish in wishes]
         return self.goodput.choose(candidates, decided, keys, longest=self._fixed)
 
     def _asked(self, wishes: Sequence[Wish]) -> Iterator[list[Proposal]]:
         """For each wish what the drafters propose."""
-        contexts, k = [wish.context for wish in wishes], self._max_tokens
+        contexts, k = [wish.context for wish in wishes], self._length
         by_drafter = [
-            drafter.propose_all(contexts, k)
-            if isinstance(drafter, BatchDrafter)
-            else [drafter.propose(context, k) for context in contexts]
-            for drafter in self._drafters
+            drafter.propose_all(contexts, k) if batched else [drafter.propose(context, k) for context in contexts]
+            for drafter, batched in (self._drafters if k and contexts else ())
         ]
         return iter([list(proposals) for proposals in zip(*by_drafter, strict=True)] or [[] for _ in wishes])
 
@@ -119,11 +123,20 @@ class Speculation:
         for i, source in enumerate(proposal.sources):
             self.drafted[source] = self.drafted.get(source, 0) + 1
             self.accepted[source] = self.accepted.get(source, 0) + (i in path)
-        if self._learns and outcome.accepted:
-            for drafter in self._drafters:
+        if self._learns and self._length and outcome.accepted:
+            for drafter, _ in self._drafters:
                 drafter.observe(outcome)
 
-    def took(self, shape: Shape, seconds: float) -> None:
-        """Learns how long a forward took, with all that belongs to it."""
+    def took(self, shape: Shape, seconds: float, asking_s: float) -> None:
+        """Learns how long a forward took, with all that belongs to it but the making of drafts and learning from them.
+
+        Args:
+            shape: What was computed.
+            seconds: That it took.
+            asking_s: What drafts took beside it.
+        """
         self.forwards += 1
         self.goodput.cost.measured(shape, seconds)
+        if self._asked_rows:
+            saved = self.goodput.saved - asking_s
+            self.goodput.asking.learned(self._asked_rows, self._max_tokens, self._length, saved)

@@ -419,6 +419,7 @@ class Interleaved:
     def _forward(self, state: TranslationState) -> tuple[list[tuple[int, TranslatedChunk]], TranslationState]:
         begun, plans = clock(self.translator.device), [self._plan(row) for row in state.rows]
         wishes, plans = self._with_drafts(state, plans)
+        drafted = clock(self.translator.device)
         answers, cache, sizes = self._ask(state, plans)
         followed, asked = list[_Followed](), 0
         for row, plan, length in zip(state.rows, plans, state.cache.lengths.tolist(), strict=True):
@@ -430,10 +431,12 @@ class Interleaved:
         after = TranslationState(tuple(one.row for one in followed), cache)
         finished = [(b, one.chunk) for b, one in enumerate(followed) if one.chunk is not None]
         if self.speculation is not None:
+            done = clock(self.translator.device)
             for wish, plan, one in zip(wishes, plans, followed, strict=True):
                 self._learn(wish, plan, one, answers)
-            keys = int(state.cache.lengths.max()) + max(sizes)
-            self.speculation.took(Shape(len(plans), max(1, *sizes), keys), clock(self.translator.device) - begun)
+            shape = Shape(len(plans), max(1, *sizes), int(state.cache.lengths.max()) + max(sizes))
+            asking_s = drafted - begun + clock(self.translator.device) - done
+            self.speculation.took(shape, done - drafted, asking_s)
         return finished, self._bounded(after, [b for b, _ in finished])
 
     # ----------------------------------------------------------------------------------------------------- drafts
@@ -451,8 +454,8 @@ class Interleaved:
         """Where a draft could follow: after an open write, or after the last word that is read, if a write may too."""
         language, end, past = row.direction.target, self.translator.end_of_write, row.past
         words = row.read + row.queue[: len(plan.words)]
-        source = spelled(token for word in words for token in word.ids)
-        sequence = spelled((*row.direction.prompt, *map(ord, row.history + source), self.translator.end_of_read))
+        source = "".join([spelled(word.ids) for word in words])
+        sequence = spelled(row.direction.prompt) + row.history + source + chr(self.translator.end_of_read)
         if row.write is not None:
             ids = spelled(row.write.ids)
             return Wish(Context(language, past + ids, end, source, sequence + ids, row.hidden, row.former))

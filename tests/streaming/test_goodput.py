@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from models.speculative import ROOT, Draft
 from streaming.drafts import Proposal
-from streaming.goodput import EXPLORE_EVERY, Acceptance, Cost, Goodput, Shape, calibrated
+from streaming.goodput import EXPLORE_EVERY, Acceptance, Asking, Cost, Goodput, Shape, _advances, calibrated
 from tests import tiny
 
 
@@ -133,7 +134,65 @@ def test_drafts_go_as_the_load_rises_and_come_back_as_it_falls() -> None:
         assert {len(one.sure) for one in drafts} == lengths
 
 
-def test_other_lengths_are_tried_now_and_then() -> None:
+def test_the_next_length_is_tried_now_and_then() -> None:
     goodput = Goodput()
     lengths = [len(goodput.choose([[chain([0.001] * 3)]], [1], 9)[0].sure) for _ in range(8 * EXPLORE_EVERY)]
-    assert sum(map(bool, lengths)) == 6 and set(lengths) == {0, 1, 2, 3}
+    assert sum(map(bool, lengths)) == 8 and set(lengths) == {0, 1}
+    goodput = Goodput()
+    run_on(goodput.cost, 3000)
+    sure = chain([0.99, 0.99, 0.001, 0.001])
+    lengths = [len(goodput.choose([[sure]], [1], 100)[0].sure) for _ in range(8 * EXPLORE_EVERY)]
+    assert lengths.count(1) == lengths.count(3) == 4 and lengths.count(2) == len(lengths) - 8
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.floats(0.01, 1), max_size=4)), min_size=1, max_size=5))
+def test_what_a_length_brings_is_summed_over_the_rows(rows: list[tuple[int, list[float]]]) -> None:
+    """Against a sum for each length by itself."""
+    decided, gains = [n for n, _ in rows], [gain if n else [] for n, gain in rows]
+    most = max(map(len, gains))
+    brought, tokens = _advances(gains, decided, most)
+    for k in range(most + 1):
+        assert brought[k] == pytest.approx(sum(1 + sum(g[:k]) for n, g in zip(decided, gains, strict=True) if n))
+        assert tokens[k] == max(n + len(g[:k]) for n, g in zip(decided, gains, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- asking
+
+
+def asked(asking: Asking, steps: int, saved: Callable[[int], float], rows: int = 1) -> list[int]:
+    """The lengths that were asked for."""
+    lengths = []
+    for _ in range(steps):
+        lengths.append(asking.length(rows, 4))
+        asking.learned(rows, 4, lengths[-1], saved(lengths[-1]))
+    return lengths
+
+
+@pytest.mark.parametrize("best", range(5))
+def test_the_length_that_saves_most_is_asked_for(best: int) -> None:
+    chance = random.Random(best)
+    asking = Asking()
+    lengths = asked(asking, 6000, lambda n: 1e-3 - 2e-4 * abs(n - best) + chance.gauss(0, 3e-4))
+    assert set(lengths[:20]) == set(range(5))
+    assert lengths[3000:].count(best) > 0.97 * 3000
+    assert set(lengths[3000:]) != {best}
+
+
+def test_a_drafter_that_never_pays_is_seldom_asked() -> None:
+    """Its trials become rare, so that they cost little, though each costs a lot."""
+    asking = Asking()
+    lengths = asked(asking, 10_000, lambda n: -5e-3 * n)
+    assert sum(map(bool, lengths[1000:])) < 0.01 * 9000
+    # And once it pays, it is asked again.
+    lengths = asked(asking, 30_000, lambda n: 5e-3 * n)
+    assert lengths[-4000:].count(4) > 0.9 * 4000
+
+
+def test_each_load_has_its_own_length() -> None:
+    asking = Asking()
+    lengths = {1: [], 16: []}
+    for _ in range(100):
+        for rows, saves in ((1, 1e-3), (16, -1e-3)):
+            lengths[rows] += asked(asking, 7, lambda n, saves=saves: saves * n, rows)
+    assert lengths[1][350:].count(4) > 0.9 * 350 and lengths[16][350:].count(0) > 0.9 * 350
