@@ -152,7 +152,7 @@ class Row:
         past: Target side of the finished chunks, for drafts (:mod:`streaming.drafts`).
         history: All tokens of the finished chunks that are still in the context, for drafts.
         former: Tokens of a translation of what is not finished yet that was dropped, for drafts.
-        hidden: What the model made of the place at which the open write's last token was chosen, for drafts.
+        hidden: What the model made of the place before the last decided token of the open write, for drafts.
     """
 
     direction: Direction
@@ -284,6 +284,7 @@ class _Answers:
         logits: ``float32[N, vocab_size]``.
         best: The best tokens that may be written, as many as the drafters want.
         hidden: ``[N, d_model]``.
+        all_read: ``[B, T, d_model]``, of all that the rows have read.
     """
 
     end_of_read: list[float]
@@ -291,6 +292,7 @@ class _Answers:
     logits: Tensor
     best: list[list[int]]
     hidden: Tensor
+    all_read: Tensor
 
 
 @dataclass(frozen=True)
@@ -422,8 +424,8 @@ class Interleaved:
         drafted = clock(self.translator.device)
         answers, cache, sizes = self._ask(state, plans)
         followed, asked = list[_Followed](), 0
-        for row, plan, length in zip(state.rows, plans, state.cache.lengths.tolist(), strict=True):
-            followed.append(self._followed(row, plan, answers, asked, length))
+        for b, (row, plan, length) in enumerate(zip(state.rows, plans, state.cache.lengths.tolist(), strict=True)):
+            followed.append(self._followed(b, row, plan, answers, asked, length))
             asked += len(plan.asked)
         drafts, paths = [plan.draft for plan in plans], [one.path or () for one in followed]
         cache = keep(cache, sizes, [one.decided for one in followed], drafts, paths)
@@ -464,13 +466,15 @@ class Interleaved:
         context = Context(language, past, end, source, sequence, former=row.former)
         return Wish(context, len(words), plan.words[-1][1] is True)
 
-    def _followed(self, row: Row, plan: _Plan, answers: _Answers, at: int, length: int) -> _Followed:
-        """What a row becomes by its answers, which begin at ``at``, and how far its draft was right."""
+    def _followed(self, b: int, row: Row, plan: _Plan, answers: _Answers, at: int, length: int) -> _Followed:
+        """What row ``b`` becomes by its answers, which begin at ``at``, and how far its draft was right."""
         reads, decided, chosen, chunk = row.write is None, len(plan.tokens), list[int](), None
         if reads:
             if not plan.words:
                 return _Followed(row, length)
             row, decided = self._after_read(row, plan, answers.end_of_read[at : at + len(plan.asks)])
+            if row.write is not None and decided:
+                row = replace(row, hidden=answers.all_read[b, decided - 1])
             if decided < len(plan.tokens):
                 return _Followed(row, length + decided, decided, None)
         length += decided
@@ -527,19 +531,22 @@ class Interleaved:
     def _ask(self, state: TranslationState, plans: list[_Plan]) -> tuple[_Answers, KvCache, list[int]]:
         """Reads what is planned in one forward; also the cache and how many tokens each row has read."""
         t = self.translator
-        hidden, cache, sizes = read(t.llm, [plan.tokens for plan in plans], [plan.draft for plan in plans], state.cache)
+        all_read, cache, sizes = read(
+            t.llm, [plan.tokens for plan in plans], [plan.draft for plan in plans], state.cache
+        )
         asks = [(b, index) for b, plan in enumerate(plans) for index in plan.asked]
         if not asks:
-            return _Answers([], [], hidden, [], hidden), cache, sizes
-        rows, indices = torch.tensor(asks, device=hidden.device).T
-        hidden = hidden[rows, indices]
+            return _Answers([], [], all_read, [], all_read, all_read), cache, sizes
+        rows, indices = torch.tensor(asks, device=all_read.device).T
+        hidden = all_read[rows, indices]
         logits = t.llm.logits(hidden).float()
         begins = torch.tensor([_begins(state.rows[b], plans[b], index) for b, index in asks], device=hidden.device)
         masked = logits.masked_fill(torch.where(begins[:, None], t.unable_to_begin, t.unwritable), -torch.inf)
         end_of_read = (logits[:, t.end_of_read] - logits.logsumexp(-1)).exp()
         top_k = 0 if self.speculation is None else self.speculation.top_k
         best = masked.topk(top_k).indices.tolist() if top_k else []
-        return _Answers(end_of_read.tolist(), masked.argmax(-1).tolist(), logits, best, hidden), cache, sizes
+        choices = masked.argmax(-1).tolist()
+        return _Answers(end_of_read.tolist(), choices, logits, best, hidden, all_read), cache, sizes
 
     # ---------------------------------------------------------------------------------------------------- reading
 

@@ -14,9 +14,11 @@ from models.speculative import ROOT, Draft
 from models.translator import Translator
 from streaming.drafts import Context, Drafter, NGrams, Outcome, Proposal, Recycling, Repetition, spelled
 from streaming.glossary import Glossary
+from streaming.heads import Heads
 from streaming.speculation import READ, Speculation, Wish
 from streaming.translation import Interleaved, TranslatedChunk, TranslationState
 from tests import tiny
+from tests.models.test_heads import random_heads
 from tests.streaming.test_translation import WORDS, Spoken, fed, few, opened, run, seeds, words_
 
 
@@ -58,7 +60,19 @@ def plain(
     return run(interpreter, fed(interpreter, begun(t, languages, glossary or {}), spoken))
 
 
-drafters_ = st.sampled_from(["liar", "tree of lies", "n-grams", "repetition", "recycling", "tree of recycling", "all"])
+drafters_ = st.sampled_from(
+    [
+        "liar",
+        "tree of lies",
+        "n-grams",
+        "repetition",
+        "recycling",
+        "tree of recycling",
+        "heads",
+        "learning heads",
+        "all",
+    ]
+)
 
 
 def speculation(
@@ -75,6 +89,8 @@ def speculation(
         "repetition": [Repetition(shortest=1)],
         "recycling": [Recycling()],
         "tree of recycling": [Recycling((2, 2, 1))],
+        "heads": [Heads(random_heads(t.llm, lies.randint(0, 3)))],
+        "learning heads": [Heads(random_heads(t.llm), learns=True, lr=0.1), NGrams()],
         "all": [Repetition(), NGrams(), Recycling((2, 1)), Liar(list(texts.values()), lies, tree=True, truth=truth)],
     }
     return Speculation(sources[kind], fixed=fixed, max_tokens=lies.randint(1, 7))
