@@ -50,6 +50,7 @@ from streaming.events import (
     TranslationDelta,
 )
 from streaming.session import Session, SessionConfig, tick
+from streaming.speculation import Speculation
 
 PATH: Final = "/v1/realtime/translations"
 
@@ -191,9 +192,10 @@ def _size(message: ClientMessage) -> int:
 class Engine:
     """The one thread that computes, for all sessions together."""
 
-    def __init__(self, recognizer: Recognizer, translator: Translator | None) -> None:
+    def __init__(self, recognizer: Recognizer, translator: Translator | None, speculation: Speculation | None) -> None:
         self._recognizer = recognizer
         self._translator = translator
+        self._speculation = speculation
         self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
         self._wake = threading.Event()
         self._stopping = False
@@ -254,7 +256,7 @@ class Engine:
             stream.took(message)
             fed = True
             if isinstance(message, SessionConfig):
-                stream.session = Session(self._recognizer, message, self._translator)
+                stream.session = Session(self._recognizer, message, self._translator, self._speculation)
                 stream.tell(self._updated(message))
                 continue
             assert stream.session is not None, "the first message declares the session"
@@ -313,12 +315,18 @@ class Engine:
 class Service:
     """The WebSocket side: handshakes, messages in, events out."""
 
-    def __init__(self, recognizer: Recognizer, settings: Settings, translator: Translator | None = None) -> None:
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        settings: Settings,
+        translator: Translator | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
         """Prepare the service and start its engine; `start` opens the socket."""
         self._recognizer = recognizer
         self._translator = translator
         self._settings = settings
-        self._engine = Engine(recognizer, translator)
+        self._engine = Engine(recognizer, translator, speculation)
         self._server: Server | None = None
 
     async def start(self) -> str:
@@ -607,9 +615,14 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-async def serve(recognizer: Recognizer, settings: Settings, translator: Translator | None = None) -> None:
+async def serve(
+    recognizer: Recognizer,
+    settings: Settings,
+    translator: Translator | None = None,
+    speculation: Speculation | None = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then say goodbye to every client."""
-    service = Service(recognizer, settings, translator)
+    service = Service(recognizer, settings, translator, speculation)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

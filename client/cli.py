@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from streaming.audio import Encoding
     from streaming.glossary import Glossary
     from streaming.session import Decoder, Lookahead
+    from streaming.speculation import Speculation
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(help="List, fetch and import models.", no_args_is_help=True)
@@ -82,6 +83,14 @@ GlossaryOption = Annotated[
 ]
 TranslatorOption = Annotated[
     Path | None, typer.Option("--translator", metavar="DIR", help="Folder of the translator; else the embedded one.")
+]
+SpeculationOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculation/--no-speculation",
+        help="Draft the translation ahead, so that it takes fewer steps of the model; the text is the same. Left out:"
+        " where the translator's folder has drafts.safetensors.",
+    ),
 ]
 RateOption = Annotated[int, typer.Option("--rate", metavar="HZ", help="Sample rate of raw PCM, in Hz.")]
 ChannelsOption = Annotated[int, typer.Option("--channels", help="Interleaved channels of raw PCM.")]
@@ -142,6 +151,7 @@ def transcribe(
     latency: LatencyOption = "medium",
     glossary: GlossaryOption = None,
     translator: TranslatorOption = None,
+    speculation: SpeculationOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -181,8 +191,9 @@ def transcribe(
         )
         recognizer = load_recognizer(model, device=device, dtype=dtype)
         interpreter = _load_translator(translator, device, dtype, languages, latency) if languages else None
+        drafts = _load_speculation(interpreter, translator, speculation)
         with display:
-            for step in run(openers, recognizer, config, interpreter, batch_size=batch_size):
+            for step in run(openers, recognizer, config, interpreter, batch_size=batch_size, speculation=drafts):
                 if step.problem is not None:
                     failed = True
                     complain(f"{files[step.index]}: {step.problem}")
@@ -223,6 +234,16 @@ def _load_translator(
     return translator
 
 
+def _load_speculation(
+    translator: "Translator | None", folder: Path | None, wanted: bool | None
+) -> "Speculation | None":
+    """What drafts for a translator, if there is one and it pays."""
+    from models.translator import EMBEDDED_TRANSLATOR
+    from streaming.speculation import speculation_for
+
+    return None if translator is None else speculation_for(translator, folder or EMBEDDED_TRANSLATOR, wanted)
+
+
 def _open_source(name: str, encoding: "Encoding", rate_hz: int, channels: int) -> "AudioSource":
     from client.files import AudioFile, PcmStream
     from streaming.audio import AudioFormat
@@ -248,6 +269,7 @@ def translate(
     latency: LatencyOption = "medium",
     glossary: GlossaryOption = None,
     translator: TranslatorOption = None,
+    speculation: SpeculationOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Lines worked on at a time.")] = 8,
@@ -264,8 +286,9 @@ def translate(
         languages, terms = _languages(to), _glossary(glossary)
         stream = sys.stdin.buffer if text == STDIN else Path(text).open("rb")
         interpreter = _load_translator(translator, device, dtype, languages, latency)
+        drafts = _load_speculation(interpreter, translator, speculation)
         writer = TextLines(languages) if output_format == "txt" else JsonLines()
-        open_session = partial(TextSession, interpreter, languages, latency, terms)
+        open_session = partial(TextSession, interpreter, languages, latency, terms, drafts)
         for step in run(Lines(stream, text), open_session, batch_size=batch_size):
             sys.stdout.write(writer.push(step))
             sys.stdout.flush()
@@ -277,6 +300,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
     model: ModelOption = None,
     translator: TranslatorOption = None,
+    speculation: SpeculationOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
@@ -309,7 +333,8 @@ def serve(
         logging.getLogger("websockets").setLevel(logging.WARNING)
         wanted = translator is not None or EMBEDDED_TRANSLATOR.exists()
         interpreter = _load_translator(translator, device, dtype) if wanted else None
-        asyncio.run(server.serve(load_recognizer(model, device=device, dtype=dtype), settings, interpreter))
+        drafts = _load_speculation(interpreter, translator, speculation)
+        asyncio.run(server.serve(load_recognizer(model, device=device, dtype=dtype), settings, interpreter, drafts))
 
 
 @app.command()
@@ -384,6 +409,7 @@ def evaluate(
         bool, typer.Option("--spoken", help="Read text as a recogniser writes it: lower case, no punctuation.")
     ] = False,
     translator: TranslatorOption = None,
+    speculation: SpeculationOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -476,6 +502,7 @@ def evaluate(
                 recognizer=recognizer,
                 configs=configs,
                 spoken=spoken,
+                speculation=_load_speculation(interpreter, translator, speculation),
                 **sizes,
             )
         load_before = os.getloadavg()

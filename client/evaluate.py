@@ -38,6 +38,7 @@ from streaming.audio import SAMPLE_RATE_HZ, Samples
 from streaming.errors import DragomanError
 from streaming.events import Event, TranscriptDelta
 from streaming.session import Decoder, Lookahead, Session, SessionConfig
+from streaming.speculation import Speculation
 
 _Item = TypeVar("_Item")
 
@@ -540,7 +541,11 @@ def _stream(recognizer: Recognizer, file: Path, config: SessionConfig) -> _Strea
 
 
 def open_session(
-    recognizer: Recognizer, file: Path, config: SessionConfig, translator: Translator | None = None
+    recognizer: Recognizer,
+    file: Path,
+    config: SessionConfig,
+    translator: Translator | None = None,
+    speculation: Speculation | None = None,
 ) -> tuple[Samples, Session]:
     """A whole recording, ``[samples, channels]``, and a session that takes its format."""
     source = AudioFile(file)
@@ -548,7 +553,7 @@ def open_session(
         samples = np.concatenate(list(source.blocks(source.format.sample_rate_hz)))
     finally:
         source.close()
-    return samples, Session(recognizer, replace(config, audio=source.format), translator)
+    return samples, Session(recognizer, replace(config, audio=source.format), translator, speculation)
 
 
 def pieces(samples: Samples, rate_hz: int) -> Iterator[Samples]:

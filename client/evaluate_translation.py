@@ -55,6 +55,7 @@ from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.interpreter import translate
 from streaming.session import SessionConfig
+from streaming.speculation import Speculation
 from streaming.text_session import TextSession
 
 WORD_MS: Final = 400
@@ -235,6 +236,7 @@ def score_text(
     spoken: bool = False,
     batch_size: int = 16,
     replay: int = 0,
+    speculation: Speculation | None = None,
 ) -> list[Scored]:
     """Score a translator on text.
 
@@ -247,12 +249,13 @@ def score_text(
             such form is read as it is.
         batch_size: Sentences at a time, at least 1; the translations do not depend on it.
         replay: How many sentences to translate as live streams too, spread evenly over the set.
+        speculation: What drafts the translations; they do not depend on it.
 
     Returns:
         For each language its score.
     """
     sources = [as_spoken(sentence.text) if spoken else sentence.text for sentence in texts.sentences]
-    deltas = _read_out(translator, sources, languages, latency, batch_size)
+    deltas = _read_out(translator, sources, languages, latency, batch_size, speculation)
     results = []
     for language in languages:
         told = [
@@ -260,7 +263,7 @@ def score_text(
             for source, sentence, found in zip(sources, texts.sentences, deltas, strict=True)
             if language in sentence.translations
         ]
-        live, lines = _replay_text(translator, told, language, latency, replay)
+        live, lines = _replay_text(translator, told, language, latency, replay, speculation)
         score = TranslationScore(
             manifest=texts.name,
             medium="text",
@@ -304,14 +307,20 @@ def _with_elapsed(line: Instance, live: Instance | None, unit_ms: int) -> Instan
 
 
 def _read_out(
-    translator: Translator, sources: Sequence[str], languages: Sequence[str], latency: str, batch_size: int
+    translator: Translator,
+    sources: Sequence[str],
+    languages: Sequence[str],
+    latency: str,
+    batch_size: int,
+    speculation: Speculation | None,
 ) -> list[dict[str, list[_Delta]]]:
     """Give every text to a session of its own, a word at a time; those of about one length together."""
     found: list[dict[str, list[_Delta]]] = [{language: [] for language in languages} for _ in sources]
     words = [source.split() for source in sources]
     order = sorted(range(len(sources)), key=lambda i: len(words[i]))
     for start in range(0, len(order), batch_size):
-        batch = {i: TextSession(translator, languages, latency) for i in order[start : start + batch_size]}
+        some = order[start : start + batch_size]
+        batch = {i: TextSession(translator, languages, latency, speculation=speculation) for i in some}
         for count in range(1, max(len(words[i]) for i in batch) + 2):
             for i, session in batch.items():
                 if count <= len(words[i]):
@@ -332,12 +341,17 @@ def _translations(events: Iterable[Event]) -> list[TranslationDelta]:
 
 
 def _replay_text(
-    translator: Translator, told: Sequence[_Told], language: str, latency: str, count: int
+    translator: Translator,
+    told: Sequence[_Told],
+    language: str,
+    latency: str,
+    count: int,
+    speculation: Speculation | None,
 ) -> tuple[LiveTranslation | None, dict[int, Instance]]:
     """Translate some of the texts alone; lines of a log in milliseconds, by index."""
     costs_ms, lines = list[float](), dict[int, Instance]()
     for i in spread(range(len(told)), count):
-        session = TextSession(translator, [language], latency)
+        session = TextSession(translator, [language], latency, speculation=speculation)
         deltas, costs = list[_Delta](), list[float]()
         words = told[i].source.split()
         pushes: list[Callable[[], list[Event]]] = [*(partial(session.push, word) for word in words), session.finish]
@@ -384,6 +398,7 @@ def score_speech(
     *,
     batch_size: int = 16,
     replay: int = 0,
+    speculation: Speculation | None = None,
 ) -> list[Scored]:
     """Score a recogniser and a translator on speech.
 
@@ -396,13 +411,14 @@ def score_speech(
         config: How; its languages are scored.
         batch_size: Recordings at a time, at least 1; the translations do not depend on it.
         replay: How many recordings to translate as live streams too, spread evenly over the set.
+        speculation: What drafts the translations; they do not depend on it.
 
     Returns:
         For each language its score.
     """
     openers = [partial(AudioFile, utterance.audio) for utterance in speech.utterances]
     steps: list[list[Step]] = [[] for _ in openers]
-    for step in transcribe(openers, recognizer, config, translator, batch_size=batch_size):
+    for step in transcribe(openers, recognizer, config, translator, batch_size=batch_size, speculation=speculation):
         steps[step.index].append(step)
     pairs = list(zip(speech.utterances, steps, strict=True))
     heard = [(utterance, own) for utterance, own in pairs if own[-1].problem is None]
@@ -412,7 +428,7 @@ def score_speech(
         scored = [(u, own) for u, own in heard if language in u.translations]
         ours = scored or heard
         utterances = [utterance for utterance, _ in ours]
-        from_text = _from_text(translator, utterances, language, config.latency, batch_size)
+        from_text = _from_text(translator, utterances, language, config.latency, batch_size, speculation)
         if not scored:
             utterances = [
                 replace(u, translations={language: (text,)}) for u, text in zip(utterances, from_text, strict=True)
@@ -423,7 +439,7 @@ def score_speech(
         ]
         references = [utterance.translations[language] for utterance in utterances]
         own_config = replace(config, languages=(language,))
-        live, lines = _replay_speech(recognizer, translator, utterances, own_config, replay)
+        live, lines = _replay_speech(recognizer, translator, utterances, own_config, replay, speculation)
         score = TranslationScore(
             manifest=speech.name,
             medium="speech",
@@ -453,11 +469,16 @@ def _recognition(recognizer: Recognizer, config: SessionConfig) -> str:
 
 
 def _from_text(
-    translator: Translator, utterances: Sequence[Utterance], language: str, latency: str, batch_size: int
+    translator: Translator,
+    utterances: Sequence[Utterance],
+    language: str,
+    latency: str,
+    batch_size: int,
+    speculation: Speculation | None,
 ) -> list[str]:
     """The translations had everything been recognised without error."""
     texts = [as_spoken(utterance.text) for utterance in utterances]
-    found = _read_out(translator, texts, [language], latency, batch_size)
+    found = _read_out(translator, texts, [language], latency, batch_size, speculation)
     return ["".join(delta.text for delta in deltas[language]).strip() for deltas in found]
 
 
@@ -500,13 +521,18 @@ def _delay(told: Sequence[_Told], backlogs: Sequence[Sequence[float]] | None = N
 
 
 def _replay_speech(
-    recognizer: Recognizer, translator: Translator, utterances: Sequence[Utterance], config: SessionConfig, count: int
+    recognizer: Recognizer,
+    translator: Translator,
+    utterances: Sequence[Utterance],
+    config: SessionConfig,
+    count: int,
+    speculation: Speculation | None,
 ) -> tuple[LiveTranslation | None, dict[int, Instance]]:
     """Translate some of the recordings alone; lines of a log in milliseconds, by index."""
     told, costs_ms, backlogs = list[_Told](), list[float](), list[list[float]]()
     lines, audio_s, processor_s = dict[int, Instance](), 0.0, 0.0
     for i in spread(range(len(utterances)), count):
-        samples, session = open_session(recognizer, utterances[i].audio, config, translator)
+        samples, session = open_session(recognizer, utterances[i].audio, config, translator, speculation)
         rate_hz = session.config.audio.sample_rate_hz
         runs: list[Callable[[], list[Event]]] = [partial(session.push, piece) for piece in pieces(samples, rate_hz)]
         runs.append(session.finish)
@@ -540,6 +566,7 @@ def translation_jobs(
     spoken: bool = False,
     batch_size: int = 16,
     replay: int = 0,
+    speculation: Speculation | None = None,
 ) -> list[Callable[[], list[Scored]]]:
     """What there is to score: each set at each latency, and speech at each setting of the recogniser.
 
@@ -554,6 +581,7 @@ def translation_jobs(
         spoken: As of `score_text`, and so are the others.
         batch_size: Segments at a time.
         replay: Segments of each set to translate as live streams.
+        speculation: What drafts the translations.
 
     Raises:
         DragomanError: ``unsupported_language``, ``unsupported_latency``, or ``no_references`` where the sets have none
@@ -564,7 +592,7 @@ def translation_jobs(
     for latency in asked:
         translator.direction(translator.config.targets[0], latency)
     jobs: list[Callable[[], list[Scored]]] = []
-    sizes = {"batch_size": batch_size, "replay": replay}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "replay": replay, "speculation": speculation}
     for one in sets:
         own = chosen
         if isinstance(one, TextSet) or not languages:

@@ -12,6 +12,7 @@ from streaming.audio import Samples
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed
 from streaming.session import Session, SessionConfig, tick
+from streaming.speculation import Speculation
 
 # A little of a recording at a time, but some of the model's chunks, which cost less together than one by one.
 _BLOCK_S: Final = 5
@@ -48,6 +49,7 @@ def transcribe(
     translator: Translator | None = None,
     *,
     batch_size: int,
+    speculation: Speculation | None = None,
 ) -> Iterator[Step]:
     """Run every recording through a session of its own; at most `batch_size` are open, and share each step.
 
@@ -59,6 +61,7 @@ def transcribe(
         config: Settings of the sessions; the audio format is taken from each recording.
         translator: The model that translates, if `config` names languages.
         batch_size: Recordings at a time, at least 1.
+        speculation: What drafts the translations; they do not depend on it.
 
     Yields:
         For each step of the batch, one `Step` for each of its recordings.
@@ -70,7 +73,7 @@ def transcribe(
             while waiting and len(running) < batch_size:
                 index, open_source = waiting.popleft()
                 try:
-                    running.append(_Job(index, open_source(), recognizer, config, translator))
+                    running.append(_Job(index, open_source(), recognizer, config, translator, speculation))
                 except DragomanError as error:
                     yield Step(index, problem=str(error), done=True)
             for job in running:
@@ -94,6 +97,7 @@ class _Job:
         recognizer: Recognizer,
         config: SessionConfig,
         translator: Translator | None,
+        speculation: Speculation | None,
     ) -> None:
         self.index = index
         self.source = source
@@ -101,7 +105,7 @@ class _Job:
         self._problem: str | None = None
         self._read_s = 0.0
         try:
-            self.session = Session(recognizer, replace(config, audio=source.format), translator)
+            self.session = Session(recognizer, replace(config, audio=source.format), translator, speculation)
         except DragomanError:
             source.close()
             raise

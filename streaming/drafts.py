@@ -44,7 +44,7 @@ SEED: Final = "drafts.safetensors"
 _SHIFT = 3
 #: Tokens that may follow a context, of which a store keeps count.
 _SUCCESSORS = 4
-#: A draft ends before a token that is less probable than this to be reached: it would not pay, and finding it takes time.
+#: A draft ends before a token that is less probable than this to be reached: it would not pay.
 _LEAST_REACHED = 0.05
 #: How much of a count is taken for chance, as Kneser and Ney do; about what held-out translations ask for.
 _DISCOUNT = 0.8
@@ -169,7 +169,7 @@ class OldOutput:
     As long as the new one says the same, that is its own length. Once they differ, it is the place after the last
     tokens that they have in common, the longest run of them, and of several the next one: a word that was put in or
     left out costs one forward and not the rest of the draft.
-    ("Self-Speculative Biased Decoding for Faster Live Translation", arXiv 2509.21740, for the first rule, here without its bias.)
+    ("Self-Speculative Biased Decoding", arXiv 2509.21740, for the first rule, here without its bias.)
 
     Attributes:
         longest: Tokens that are looked for at most, once the two differ.

@@ -15,6 +15,7 @@ from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.fallback import Fallback
 from streaming.glossary import Glossary
+from streaming.speculation import Speculation
 from streaming.translation import Interleaved, TranslatedChunk
 
 #: The ``seq`` of an event that has not been told yet.
@@ -48,10 +49,10 @@ class Interpreter(Protocol):
         """Advances several sessions by a bounded amount of work; each one's chunks, and the states."""
 
 
-def interpreter_for(translator: Translator) -> Interpreter:
-    """What runs a translator under its policy."""
+def interpreter_for(translator: Translator, speculation: Speculation | None = None) -> Interpreter:
+    """What runs a translator under its policy; with speculation if the model decides itself when to write."""
     if translator.policy == "interleaved":
-        return Interleaved(translator)
+        return Interleaved(translator, speculation)
     return Fallback(translator)
 
 
@@ -89,8 +90,11 @@ class Interpretation:
         languages: Sequence[str],
         latency: str,
         glossary: Mapping[str, Mapping[str, str]],
+        speculation: Speculation | None = None,
     ) -> Interpretation | None:
         """An interpretation into these languages that has read nothing; None for no languages.
+
+        Those of the same translator and speculation advance together.
 
         Raises:
             DragomanError: ``unsupported_language`` if the model does not know one, one stands there twice, or there
@@ -107,7 +111,7 @@ class Interpretation:
         if len(set(languages)) < len(languages):
             raise DragomanError("unsupported_language", f"a language is asked for twice in {', '.join(languages)}")
         directions = [translator.direction(language, latency) for language in languages]
-        interpreter = interpreter_for(translator)
+        interpreter = interpreter_for(translator, speculation)
         return cls(interpreter, interpreter.init_state(directions, glossary), (0,) * len(directions))
 
     @property

@@ -35,6 +35,7 @@ from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, 
 from streaming.features import GROUP_TAIL_SAMPLES, front_end
 from streaming.glossary import check_glossary
 from streaming.interpreter import UNNUMBERED, Interpretation, Teller, translate
+from streaming.speculation import Speculation
 from streaming.text import EmittedWord, FlushGuard, TextState, WordAssembler, close_segment
 from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
 
@@ -106,6 +107,7 @@ class Session(Teller):
         recognizer: The model; shared, never changed.
         config: What the client chose.
         translator: The model that translates, if the client may choose languages; shared, never changed.
+        speculation: Of the engine, shared by its sessions; None for none. It changes no event.
 
     Raises:
         DragomanError: ``unsupported_lookahead``, ``unsupported_decoder``, ``unsupported_language`` or
@@ -113,11 +115,15 @@ class Session(Teller):
     """
 
     def __init__(
-        self, recognizer: Recognizer, config: SessionConfig | None = None, translator: Translator | None = None
+        self,
+        recognizer: Recognizer,
+        config: SessionConfig | None = None,
+        translator: Translator | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.config = config or SessionConfig()
         c = self.config
-        super().__init__(Interpretation.begin(translator, c.languages, c.latency, c.glossary))
+        super().__init__(Interpretation.begin(translator, c.languages, c.latency, c.glossary, speculation))
         self.recognizer = recognizer
         self._audio = AudioNormalizer(self.config.audio)
         self._front_end = front_end(recognizer.config.features)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from models.speculative import Draft
-from streaming.drafts import BatchDrafter, Context, Drafter, Outcome, Proposal
+from models.translator import Translator
+from streaming.drafts import BatchDrafter, Context, Drafter, NGrams, Outcome, Proposal, load_seeds
+from streaming.errors import DragomanError
 from streaming.goodput import Cost, Goodput, Shape
 
 #: How sure it is, before the first is seen, that a model writes after a word.
@@ -140,3 +143,31 @@ class Speculation:
         if self._asked_rows:
             saved = self.goodput.saved - asking_s
             self.goodput.asking.learned(self._asked_rows, self._max_tokens, self._length, saved)
+
+
+def speculation_for(translator: Translator, folder: Path, wanted: bool | None = None) -> Speculation | None:
+    """The speculation that a translator is run with: n-grams, seeded with those of its training targets.
+
+    Args:
+        translator: The model.
+        folder: Its folder, which may hold the seed.
+        wanted: Whether there shall be speculation; None for "if there is a seed": what is only learnt from the text
+            itself saves little until there is much of it.
+
+    Returns:
+        One for all sessions of an engine; None for none.
+
+    Raises:
+        DragomanError: ``bad_checkpoint`` if the seed cannot be read; ``unsupported_model`` if speculation is wanted and
+            a policy decides for the model when to write.
+    """
+    if wanted is False or (wanted is None and translator.policy != "interleaved"):
+        return None
+    if translator.policy != "interleaved":
+        raise DragomanError(
+            "unsupported_model",
+            f"model {translator.name!r} writes by the policy {translator.policy}; drafts are for one that was trained"
+            " to decide itself when to write: leave --speculation out",
+        )
+    seeds = load_seeds(folder)
+    return Speculation([NGrams(seeds)]) if seeds or wanted else None

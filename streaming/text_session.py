@@ -15,6 +15,7 @@ from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed
 from streaming.glossary import check_glossary
 from streaming.interpreter import UNNUMBERED, Interpretation, Teller, TimedWord, translate
+from streaming.speculation import Speculation
 
 
 class TextSession(Teller):
@@ -25,6 +26,7 @@ class TextSession(Teller):
         languages: Languages to translate into, at least one.
         latency: One of :data:`models.translator.LATENCIES`.
         glossary: Terms whose translations are fixed: ``{term: {language: translation}}``.
+        speculation: Of the engine, shared by its sessions; None for none. It changes no event.
 
     Raises:
         DragomanError: ``unsupported_language``, ``unsupported_latency`` or ``bad_glossary``.
@@ -36,11 +38,12 @@ class TextSession(Teller):
         languages: Sequence[str],
         latency: str = "medium",
         glossary: Mapping[str, Mapping[str, str]] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if not languages:
             raise DragomanError("unsupported_language", "a text session needs a language to translate into")
         check_glossary(glossary or {})
-        super().__init__(Interpretation.begin(translator, languages, latency, glossary or {}))
+        super().__init__(Interpretation.begin(translator, languages, latency, glossary or {}, speculation))
         self._several = len(languages) > 1
         self._closed = False
 

@@ -19,6 +19,7 @@ from models.translator import TranslationConfig, Translator
 from streaming.audio import AudioNormalizer, Samples
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta, Word
+from streaming.speculation import Speculation
 
 WORD_MS: Final = 400
 _WORD_SAMPLES: Final = 16 * WORD_MS
@@ -49,11 +50,14 @@ class FakeTranslator:
 
 @asynccontextmanager
 async def running_service(
-    recognizer: object = FakeRecognizer(), translator: object = None, **settings: Any
+    recognizer: object = FakeRecognizer(),
+    translator: object = None,
+    speculation: Speculation | None = None,
+    **settings: Any,
 ) -> AsyncIterator[str]:
     """A service on a free port; gives its URL."""
     service = server.Service(
-        cast(Recognizer, recognizer), server.Settings(port=0, **settings), cast(Translator, translator)
+        cast(Recognizer, recognizer), server.Settings(port=0, **settings), cast(Translator, translator), speculation
     )
     try:
         yield await service.start()
@@ -64,7 +68,7 @@ async def running_service(
 class FakeSession:
     """Words from loudness, ``w30``, and their translations, ``es30``."""
 
-    def __init__(self, recognizer: object, config: Any, translator: Any = None) -> None:
+    def __init__(self, recognizer: object, config: Any, translator: Any = None, speculation: Any = None) -> None:
         self.config = config
         for language in config.languages:
             if translator is None:

@@ -22,8 +22,10 @@ from models.checkpoint import save_checkpoint
 from models.recognizer import Recognizer
 from models.translator import Translator
 from streaming.audio import AudioFormat, Samples
+from streaming.drafts import NGrams
 from streaming.events import Event, TranscriptDelta, TranslationDelta
 from streaming.session import Session, SessionConfig
+from streaming.speculation import Speculation
 from streaming.text_session import TextSession
 from tests import tiny
 from tests.fakes import running_service
@@ -97,9 +99,10 @@ def test_files_in_a_batch_get_what_each_has_alone(
     assert sum("words" in event for event in expected) > 5, "the test is empty if nothing is said"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("batch_size", "flag"), [(1, "--no-speculation"), (3, "--speculation")])
 def test_translations_of_files_are_what_each_has_alone(
     batch_size: int,
+    flag: str,
     recognizer: Recognizer,
     translator: Translator,
     model: Path,
@@ -116,7 +119,7 @@ def test_translations_of_files_are_what_each_has_alone(
         expected += [{**event, "file": paths[-1]} for event in told(events)]
     (tmp_path / "terms.tsv").write_text("the\tes\thablante\n")
     command = ["transcribe", "--model", str(model), "--translator", str(translator_folder), "--to", "es,de"]
-    command += ["--latency", "low", "--glossary", str(tmp_path / "terms.tsv"), "--batch-size", str(batch_size)]
+    command += ["--latency", "low", "--glossary", str(tmp_path / "terms.tsv"), "--batch-size", str(batch_size), flag]
     result = runner.invoke(app, [*command, "--format", "jsonl", *paths])
     assert (result.exit_code, result.stderr) == (0, "")
     assert [json.loads(line) for line in result.stdout.splitlines()] == expected
@@ -186,8 +189,9 @@ async def test_sessions_over_the_socket_get_what_each_has_alone(recognizer: Reco
     assert sum(map(len, expected)) > 3 * len(expected), "the test is empty if nothing is said"
 
 
+@pytest.mark.parametrize("speculates", [False, True])
 async def test_translations_over_the_socket_are_what_each_has_alone(
-    recognizer: Recognizer, translator: Translator
+    speculates: bool, recognizer: Recognizer, translator: Translator
 ) -> None:
     settings: list[dict[str, Any]] = [
         {"languages": ("es",), "latency": "low"},
@@ -196,7 +200,8 @@ async def test_translations_over_the_socket_are_what_each_has_alone(
         {"languages": ("es", "de"), "latency": "offline"},
     ]
     talks, expected = [], []
-    async with running_service(recognizer, translator) as url:
+    speculation = Speculation([NGrams()]) if speculates else None
+    async with running_service(recognizer, translator, speculation) as url:
         for seed, own in enumerate(settings):
             audio = (sound(4 + seed, seed) * 32_767).astype("<i2")
             events = alone(recognizer, audio, AudioFormat(), translator, **own)
@@ -208,6 +213,7 @@ async def test_translations_over_the_socket_are_what_each_has_alone(
         assert await asyncio.gather(*talks) == expected
     translated = [event for events in expected for event in events if event.get("language")]
     assert len(translated) > 10, "the test is empty if nothing is translated"
+    assert speculation is None or sum(speculation.accepted.values()) > 10, "and if nothing is drafted"
     for events in expected:  # a translation comes after its words
         heard = 0
         for event in events:

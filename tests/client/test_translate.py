@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 import models.translator
+import streaming.speculation
 from client.cli import app
 from client.translate import JsonLines, Lines, Step, TextLines, translate
+from models.translator import Translator
+from streaming.drafts import SEED, save_seeds, spelled
 from streaming.errors import DragomanError
 from streaming.events import SessionClosed, TranslationDelta
+from streaming.speculation import Speculation, speculation_for
 from streaming.text_session import TextSession
 from tests import tiny
 
@@ -160,3 +164,35 @@ def test_an_error_of_the_text_comes_in_its_place() -> None:
 def test_no_lines_at_all() -> None:
     assert run("--to", "es", stdin="").stdout == ""
     assert run("--to", "es", stdin="\n").stdout == "\n"
+
+
+# ------------------------------------------------------------------------------------------------------- speculation
+
+
+def test_the_text_is_the_same_with_speculation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on if the model has a seed, off if not, and as it is wanted."""
+    made: list[Speculation] = []
+    real = streaming.speculation.Speculation
+    monkeypatch.setattr(streaming.speculation, "Speculation", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    command = ("--to", "es,de", "--format", "jsonl", "--translator", str(tmp_path))
+    expected, text = run(*command, stdin="\n".join(TEXT)), "\n".join(TEXT)
+    assert expected.exit_code == 0 and not made
+    assert run(*command, "--speculation", stdin=text).stdout == expected.stdout
+    assert len(made) == 1 and made[0].forwards > 0
+    save_seeds(tmp_path / SEED, {"es": {spelled([TRANSLATOR.end_of_write]): (300, 0.9)}})
+    assert run(*command, stdin=text).stdout == expected.stdout
+    assert len(made) == 2 and made[1].drafted["n-grams"] > 0
+    assert run(*command, "--no-speculation", stdin=text).stdout == expected.stdout
+    assert len(made) == 2
+
+
+def test_speculation_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SEED).write_bytes(b"nothing")
+    result = run("--to", "es", "--translator", str(tmp_path), stdin="the speaker")
+    assert result.exit_code == 2 and "does not hold n-grams" in result.stderr
+    assert run("--to", "es", "--translator", str(tmp_path), "--no-speculation", stdin="the speaker").exit_code == 0
+    monkeypatch.setattr(Translator, "policy", "wait-k")
+    with pytest.raises(DragomanError, match="writes by the policy wait-k") as raised:
+        speculation_for(TRANSLATOR, tmp_path, wanted=True)
+    assert raised.value.code == "unsupported_model"
+    assert speculation_for(TRANSLATOR, tmp_path) is None
