@@ -364,6 +364,7 @@ def live(
     with one_sentence():
         from client.live import stream
         from client.output import make_writer
+        from client.progress import Display
 
         languages = _languages(to)
         bilingual = bool(languages) and sys.stdout.isatty()
@@ -376,16 +377,15 @@ def live(
                 source,
                 url,
                 make_writer(output_format, file, languages, bilingual=bilingual),
+                Display(1),
                 pace=None if fast else pace,
-                session={
-                    "audio": {"output": {"languages": languages}},
-                    "latency": latency,
-                    "glossary": _glossary(glossary),
-                    "decoder": decoder,
-                    "max_lookahead_ms": max_lookahead_ms,
-                    "lookahead": lookahead,
-                },
                 token=token,
+                languages=languages,
+                latency=latency,
+                glossary=_glossary(glossary),
+                decoder=decoder,
+                max_lookahead_ms=max_lookahead_ms,
+                lookahead=lookahead,
             )
         )
 

@@ -1,151 +1,198 @@
 """A client of the service that sends a recording at the pace of speech."""
 
 import asyncio
-import json
 import signal
-import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
-from typing import Any, Final
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from types import FrameType
+from typing import Final, Generic, TypeVar, Unpack
 
 import numpy as np
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+import numpy.typing as npt
 
+from client.connection import LiveSession, SessionSettings, connect, exchange
 from client.files import AudioSource
 from client.output import Writer
-from streaming.audio import SAMPLE_RATE_HZ, AudioNormalizer, Samples
+from client.progress import Display
+from streaming.audio import SAMPLE_RATE_HZ, AudioNormalizer
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, SessionClosed, parse_event
+from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
 
 # 100 ms a message: well below a look-ahead that matters, and few messages.
 _MESSAGE_SAMPLES: Final = SAMPLE_RATE_HZ // 10
+_ITEMS_AHEAD: Final = 20
+_T = TypeVar("_T")
 
 
 async def stream(
     source: AudioSource,
     url: str,
     writer: Writer,
+    display: Display,
     *,
     pace: float | None,
-    session: Mapping[str, Any],
     token: str | None = None,
+    **settings: Unpack[SessionSettings],
 ) -> None:
-    """Send a recording to the service and print what comes back, until the service has told everything.
+    """Send a recording to the service and show what comes back, until the service has told everything.
 
     Ctrl-C ends the audio; a second one does not wait for the last words.
 
     Args:
         source: The audio; it is sent as 16 kHz mono s16le.
         url: The service, ``ws://`` or ``wss://``.
-        writer: Form of what is printed to standard output.
+        writer: Form of what is written to the display.
+        display: Where it is shown, with the progress.
         pace: Speed of sending in times real time; None sends as fast as the service takes it.
-        session: Fields of ``session.update``; the audio format is added to them.
         token: Secret of the service, if it asks for one.
+        **settings: What the session is asked for.
 
     Raises:
         DragomanError: The service cannot be reached, refuses the client, reports an error or goes away; or
             the recording cannot be read to its end.
     """
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    try:
-        # The answer to a ping waits behind audio that the service has not read yet: it would tell nothing.
-        async with connect(url, additional_headers=headers, compression=None, ping_interval=None) as connection:
-            sender = asyncio.create_task(_send(connection, source, pace, session))
-            printer = asyncio.create_task(_print_events(connection, writer))
-            done, unfinished = await asyncio.wait({sender, printer}, return_when=asyncio.FIRST_EXCEPTION)
-            for task in unfinished:
-                task.cancel()
-            for task in done:
-                task.result()
-    except InvalidStatus as error:
-        body = (error.response.body or b"").decode(errors="replace").strip()
-        raise DragomanError("refused", f"the service refused the connection: {body or error}") from None
-    except (InvalidURI, InvalidHandshake) as error:
-        raise DragomanError("unreachable", f"{url} is not the service: {error}") from None
-    except (OSError, TimeoutError) as error:
-        raise DragomanError(
-            "unreachable", f"no service answers at {url} ({error}): start one with dragoman serve"
-        ) from None
+    with display:
+        async with connect(url, token=token, **settings) as session:
+            told = _Told(writer, display)
+            messages = _Ahead(_messages(source))
+            with ctrl_c(messages.stop):
+                try:
+                    await exchange(session, _send(session, messages, source, pace, told), told.hear)
+                finally:
+                    messages.stop()
+                    told.end()
     if source.problem is not None:
         raise DragomanError("file_damaged", source.problem)
 
 
+class _Told:
+    """Shows what the service tells of one recording, and how far it is."""
+
+    def __init__(self, writer: Writer, display: Display) -> None:
+        self._writer = writer
+        self._display = display
+        self._begun = False
+        self._lag = ""
+
+    def hear(self, event: Event) -> None:
+        """Show what an event adds."""
+        if isinstance(event, TranscriptDelta | TranslationDelta) and event.backlog_ms is not None:
+            self._lag = f", {event.backlog_ms / 1000:.1f} s behind"
+        text = self._writer.push([event])
+        self._begun |= bool(text) or isinstance(event, SessionClosed)
+        if text:
+            self._display.write(text)
+
+    def sent(self, sent_s: float, duration_s: float | None) -> None:
+        """Show how much has been sent."""
+        self._display.advance(0, sent_s, duration_s, self._lag)
+
+    def end(self) -> None:
+        """Write what ends the text, if there is one."""
+        if self._begun:
+            self._display.write(self._writer.finish())
+
+
 async def _send(
-    connection: ClientConnection, source: AudioSource, pace: float | None, session: Mapping[str, Any]
+    session: LiveSession,
+    messages: "_Ahead[npt.NDArray[np.int16]]",
+    source: AudioSource,
+    pace: float | None,
+    told: _Told,
 ) -> None:
-    """Declare the session, send the audio when its time has come, close the session."""
-    interrupted = asyncio.Event()
+    """Send the audio when its time has come, and finish the session."""
     loop = asyncio.get_running_loop()
-
-    def interrupt() -> None:
-        interrupted.set()
-        loop.remove_signal_handler(signal.SIGINT)
-
-    loop.add_signal_handler(signal.SIGINT, interrupt)
-    audio = {**session.get("audio", {}), "input": {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE_HZ}}}
-    with suppress(ConnectionClosed):  # the printer finds out why
-        await connection.send(json.dumps({"type": "session.update", "session": {**session, "audio": audio}}))
-        started_s = loop.time()
-        sent_samples = 0
-        async for message in _messages(source):
-            sent_samples += len(message)
-            if pace is not None:
-                # From the start, not from the last message: delays do not add up.
-                due_s = started_s + sent_samples / SAMPLE_RATE_HZ / pace
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(interrupted.wait(), max(0.0, due_s - loop.time()))
-            if interrupted.is_set():
-                break
-            await connection.send(message.tobytes())
-        await connection.send(json.dumps({"type": "session.close"}))
+    started_s = loop.time()
+    sent_samples = 0
+    async for message in messages:
+        sent_samples += len(message)
+        if pace is not None:
+            # From the start, not from the last message: delays do not add up.
+            due_s = started_s + sent_samples / SAMPLE_RATE_HZ / pace
+            with suppress(TimeoutError):
+                await asyncio.wait_for(messages.stopped.wait(), max(0.0, due_s - loop.time()))
+        if messages.stopped.is_set():
+            break
+        await session.send(message)
+        told.sent(sent_samples / SAMPLE_RATE_HZ, source.duration_s)
+    await session.finish()
 
 
-async def _messages(source: AudioSource) -> AsyncIterator[np.ndarray[Any, np.dtype[np.int16]]]:
-    """The recording as 16 kHz int16, at most 100 ms at a time; decoded outside of the event loop."""
+def _messages(source: AudioSource) -> Iterator[npt.NDArray[np.int16]]:
+    """The recording as 16 kHz int16, at most 100 ms at a time."""
     normalizer = AudioNormalizer(source.format)
-    blocks = source.blocks(source.format.sample_rate_hz // 10)
-    at_end = False
-    while not at_end:
-        block = await asyncio.to_thread(next, blocks, None)
-        at_end = block is None
-        samples = _to_int16(normalizer.finish() if block is None else normalizer.push(block))
-        for start in range(0, len(samples), _MESSAGE_SAMPLES):
-            yield samples[start : start + _MESSAGE_SAMPLES]
+    for block in chain(source.blocks(source.format.sample_rate_hz // 10), [None]):
+        samples = normalizer.finish() if block is None else normalizer.push(block)
+        pcm = np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16)
+        for start in range(0, len(pcm), _MESSAGE_SAMPLES):
+            yield pcm[start : start + _MESSAGE_SAMPLES]
 
 
-def _to_int16(samples: Samples) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """Full scale 1 -> little-endian int16, clipped."""
-    return np.clip(np.rint(samples * 32768), -32768, 32767).astype("<i2")
+class _Ahead(Generic[_T]):
+    """The items of a blocking iterator, which a thread of its own makes, a few of them ahead.
 
+    Once stopped there are no more, though the thread may still wait for one: a pipe may have nothing to say for hours.
 
-async def _print_events(connection: ClientConnection, writer: Writer) -> None:
-    """Print events until the session is closed.
-
-    Raises:
-        DragomanError: The service reports an error, or the connection ends before the session.
+    Attributes:
+        stopped: Whether the rest is no longer wanted.
     """
-    begun = False
-    try:
-        async for frame in connection:
-            event = parse_event(frame)
-            if text := writer.push([event]):
-                begun = True
-                _print(text)
-            if isinstance(event, ErrorEvent):
-                raise DragomanError(event.code, f"the service reports: {event.message}")
-            if isinstance(event, SessionClosed):
-                begun = True
+
+    def __init__(self, items: Iterator[_T]) -> None:
+        self.stopped = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[_T | Exception | None] = asyncio.Queue()
+        self._room = threading.Semaphore(_ITEMS_AHEAD)
+        threading.Thread(target=self._make, args=(items,), name="reader", daemon=True).start()
+
+    def stop(self) -> None:
+        """Want no more; called on the event loop."""
+        self.stopped.set()
+        self._queue.put_nowait(None)
+        self._room.release()
+
+    async def __aiter__(self) -> AsyncIterator[_T]:
+        while not self.stopped.is_set():
+            item = await self._queue.get()
+            if item is None:
                 return
-    except ConnectionClosed:
-        pass
+            if isinstance(item, Exception):
+                raise item
+            self._room.release()
+            yield item
+
+    def _make(self, items: Iterator[_T]) -> None:
+        end = None
+        try:
+            for item in items:
+                self._room.acquire()
+                if self.stopped.is_set():
+                    break
+                self._put(item)
+        except Exception as error:
+            end = error
+        self._put(end)
+
+    def _put(self, item: _T | Exception | None) -> None:
+        with suppress(RuntimeError):  # the loop has been closed meanwhile
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+
+@contextmanager
+def ctrl_c(stop: Callable[[], object]) -> Iterator[None]:
+    """Call `stop` on the event loop at the first Ctrl-C or SIGTERM; a second one interrupts as it always does."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def take(number: int, _: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        loop.call_soon_threadsafe(stop)
+
+    for number in before:
+        signal.signal(number, take)
+    try:
+        yield
     finally:
-        if begun:
-            _print(writer.finish())
-    reason = connection.close_reason or f"code {connection.close_code}"
-    raise DragomanError("connection_lost", f"the connection ended before the transcript did ({reason})")
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -60,8 +60,8 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def advance(self, index: int, read_s: float, duration_s: float | None) -> None:
-        """Tell how many seconds of recording `index` are read, and how long it is where that is known."""
+    def advance(self, index: int, read_s: float, duration_s: float | None, note: str = "") -> None:
+        """Tell how many seconds of recording `index` are read, how long it is where that is known, and a note."""
         self._read_s[index] = read_s
         if duration_s is not None:
             self._durations_s[index] = duration_s
@@ -71,7 +71,7 @@ class Display:
         done_s = sum(self._read_s.values())
         speed = done_s / max(time.monotonic() - self._started_s, 1e-3)
         clock = "/".join(str(timedelta(seconds=round(s))) for s in (done_s, total_s) if s is not None)
-        status = f"{clock}, {speed:.1f}x real time"
+        status = f"{clock}, {speed:.1f}x real time{note}"
         self._bar.update(self._task, completed=done_s, total=total_s, status=status)
 
     def skip(self) -> None:

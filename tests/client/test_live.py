@@ -15,6 +15,7 @@ import server
 from client.files import AudioFile
 from client.live import stream
 from client.output import OutputFormat, make_writer
+from client.progress import Display
 from streaming.errors import DragomanError
 from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
 
@@ -38,8 +39,7 @@ def recording(tmp_path: Path) -> Callable[..., AudioFile]:
 
 
 async def live(url: str, source: AudioFile, kind: str = "txt", **arguments: Any) -> None:
-    arguments = {"pace": None, "session": {}, **arguments}
-    await stream(source, url, make_writer(OutputFormat(kind), "a.wav"), **arguments)
+    await stream(source, url, make_writer(OutputFormat(kind), "a.wav"), Display(1), **{"pace": None, **arguments})
 
 
 async def test_words_come_back(recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,14 +59,12 @@ async def test_json_lines(recording: Callable[..., AudioFile], capsys: pytest.Ca
 
 
 async def test_translations_come_back(recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]) -> None:
-    session = {"audio": {"output": {"languages": ("es", "de")}}, "latency": "low", "glossary": {"w20": {"es": "x"}}}
+    settings: Any = {"languages": ("es", "de"), "latency": "low", "glossary": {"w20": {"es": "x"}}}
     async with running_service(translator=FakeTranslator()) as url:
         for languages in (["es"], ["es", "de"]):
             writer = make_writer(OutputFormat.TXT, "a.wav", languages)
-            await stream(recording(), url, writer, pace=None, session=session)
-        assert (await failure(url, recording(), session={"audio": {"output": {"language": "xx"}}})).code == (
-            "unsupported_language"
-        )
+            await stream(recording(), url, writer, Display(1), pace=None, **settings)
+        assert (await failure(url, recording(), languages=["xx"])).code == "unsupported_language"
     told = "w20\n    es  es20\n    de  de20\nw40\n    es  es40\n    de  de40\nw60\n    es  es60\n    de  de60\n"
     assert capsys.readouterr().out == f"es20 es40 es60\n{told}"
 
@@ -105,7 +103,7 @@ async def test_what_can_go_wrong_with_the_service(recording: Callable[..., Audio
         assert "token" in str(await failure(url, recording()))
         await live(url, recording(), token="sesame")
     async with running_service() as url:
-        assert (await failure(url, recording(), session={"colour": "red"})).code == "unknown_field"
+        assert (await failure(url, recording(), colour="red")).code == "unknown_field"
 
 
 async def test_a_service_that_goes_away(
