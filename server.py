@@ -15,6 +15,7 @@ import binascii
 import hmac
 import json
 import logging
+import re
 import signal
 import ssl
 import sys
@@ -31,10 +32,11 @@ from typing import Any, Final
 
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
-from websockets.typing import Origin
+from websockets.typing import Subprotocol
 
 from models.recognizer import Recognizer
 from models.translator import Translator
@@ -53,6 +55,10 @@ from streaming.session import Session, SessionConfig, tick
 from streaming.speculation import Speculation
 
 PATH: Final = "/v1/realtime/translations"
+SUBPROTOCOL: Final = Subprotocol("dragoman.v1")
+"""What the service speaks; a client need not offer it, but a browser has to where it sends its token as another."""
+
+_TOKEN_SUBPROTOCOL: Final = "dragoman.token."
 
 _DEFAULT_RATE_HZ: Final = 24_000  # what a client of OpenAI's protocol means when it declares none
 _MAX_MESSAGE_BYTES: Final = 1 << 20
@@ -62,6 +68,26 @@ _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the e
 _SEND_TIMEOUT_S: Final = 20.0
 _DRAIN_TIMEOUT_S: Final = 5.0
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+_LOOPBACK_HOST: Final = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost)(:\d+)?")
+
+_PAGE: Final = Path(__file__).parent / "client" / "page"
+_PAGE_FILES: Final = {
+    "/": ("index.html", "text/html"),
+    "/style.css": ("style.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript")
+        for name in ("page", "session", "audio", "capture", "captions", "subtitles")
+    },
+}
+_PAGE_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+    " connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=(self), display-capture=(self)",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +101,8 @@ class Settings:
         port: Port to listen on; 0 takes a free one.
         max_sessions: Sessions at a time; a further client is refused with HTTP 503.
         idle_timeout_s: Seconds without a message after which a session ends.
-        origins: Web origins whose pages may connect; programs, which send none, always may.
-        token: Secret that a client must send as ``Authorization: Bearer``; None asks for none.
+        origins: Web origins whose pages may connect beside the service's own; programs, which send none, always may.
+        token: Secret that a client must send, as ``Authorization: Bearer`` or as a subprotocol; None asks for none.
         tls_cert: Certificate chain in PEM, for ``wss``.
         tls_key: Private key in PEM, if the chain's file does not hold it.
     """
@@ -327,6 +353,7 @@ class Service:
         self._translator = translator
         self._settings = settings
         self._engine = Engine(recognizer, translator, speculation)
+        self._page = {path: (kind, (_PAGE / name).read_text("utf-8")) for path, (name, kind) in _PAGE_FILES.items()}
         self._server: Server | None = None
 
     async def start(self) -> str:
@@ -344,7 +371,7 @@ class Service:
             self._settings.host,
             self._settings.port,
             process_request=self._admit,
-            origins=[None, *map(Origin, self._settings.origins)],
+            select_subprotocol=_select_subprotocol,
             compression=None,  # PCM does not compress
             max_size=_MAX_MESSAGE_BYTES,
             # The answer to a ping waits behind audio that is not read yet, so a late one says little about a
@@ -371,21 +398,42 @@ class Service:
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer what is no session with HTTP; None lets the client in."""
         path = request.path.partition("?")[0]
-        sessions, limit = self._engine.sessions, self._settings.max_sessions
+        if path in self._page:
+            return _page_response(connection, *self._page[path])
         if path == "/healthz":
-            health = {"status": "ok", "sessions": sessions, "max_sessions": limit}
+            health = {"status": "ok", "sessions": self._engine.sessions, "max_sessions": self._settings.max_sessions}
             return connection.respond(HTTPStatus.OK, f"{json.dumps(health)}\n")
+        refusal = self._refusal(path, request.headers)
+        return connection.respond(*refusal) if refusal else None
+
+    def _refusal(self, path: str, headers: Headers) -> tuple[HTTPStatus, str] | None:
+        """Why a client may not begin a session, if it may not."""
+        limit = self._settings.max_sessions
         if path != PATH:
-            return connection.respond(HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}\n")
-        if self._settings.token is not None:
-            given = request.headers.get("Authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self._settings.token}".encode()):
-                text = "the token is missing or wrong: send Authorization: Bearer TOKEN\n"
-                return connection.respond(HTTPStatus.UNAUTHORIZED, text)
-        if sessions >= limit:
-            text = f"all {limit} sessions are in use: try again later\n"
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, text)
+            return HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}\n"
+        if not self._allows_origin(headers):
+            origin = _shown(", ".join(headers.get_all("Origin")))
+            return HTTPStatus.FORBIDDEN, f"pages of {origin} may not connect: --allow-origin lets them\n"
+        if self._settings.token is not None and not _has_token(headers, self._settings.token):
+            text = "the token is missing or wrong: send Authorization: Bearer TOKEN\n"
+            return HTTPStatus.UNAUTHORIZED, text
+        if self._engine.sessions >= limit:
+            return HTTPStatus.SERVICE_UNAVAILABLE, f"all {limit} sessions are in use: try again later\n"
         return None
+
+    def _allows_origin(self, headers: Headers) -> bool:
+        """Whether a program asks, or a page that may: of an origin that was named, or our own.
+
+        On a loopback address and without a token, our own is only one with a name of this machine. Another
+        name may be one that a stranger has made to point here (DNS rebinding).
+        """
+        origins, hosts = headers.get_all("Origin"), headers.get_all("Host")
+        if not origins or all(origin in self._settings.origins for origin in origins):
+            return True
+        if [origin.lower().partition("://")[2] for origin in origins] != [host.lower() for host in hosts]:
+            return False
+        is_private = self._settings.host in _LOOPBACK and self._settings.token is None
+        return not is_private or all(_LOOPBACK_HOST.fullmatch(host.lower()) for host in hosts)
 
     async def _handle(self, connection: ServerConnection) -> None:
         if self._engine.sessions >= self._settings.max_sessions:  # others were admitted since we looked
@@ -456,6 +504,31 @@ class Service:
             connection.transport.abort()
         except ConnectionClosed:
             pass
+
+
+def _page_response(connection: ServerConnection, kind: str, text: str) -> Response:
+    """One file of the web page."""
+    response = connection.respond(HTTPStatus.OK, text)
+    del response.headers["Content-Type"]
+    response.headers.update({"Content-Type": f"{kind}; charset=utf-8", **_PAGE_HEADERS})
+    return response
+
+
+def _has_token(headers: Headers, token: str) -> bool:
+    """Whether a client sends the token: in a header, or, as browsers cannot, among its subprotocols."""
+    encoded = base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
+    offered = [part.strip() for value in headers.get_all("Sec-WebSocket-Protocol") for part in value.split(",")]
+    pairs = [(given, f"Bearer {token}") for given in headers.get_all("Authorization")]
+    pairs += [(given, f"{_TOKEN_SUBPROTOCOL}{encoded}") for given in offered]
+    # What is no UTF-8 comes with surrogates.
+    return any(
+        [hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode()) for given, wanted in pairs]
+    )
+
+
+def _select_subprotocol(_: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    """Ours, if it is offered; never the one that carries the token, which would be sent back."""
+    return SUBPROTOCOL if SUBPROTOCOL in offered else None
 
 
 def describe(config: SessionConfig, recognizer: Recognizer, translator: Translator | None = None) -> dict[str, Any]:
@@ -628,7 +701,10 @@ async def serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         url = await service.start()
-        print(f"dragoman: {recognizer.name} is listening at {url}", file=sys.stderr, flush=True)
+        page = f"{url.removesuffix(PATH).replace('ws', 'http', 1)}/"
+        print(
+            f"dragoman: {recognizer.name} is listening at {url} and shows a page at {page}", file=sys.stderr, flush=True
+        )
         if settings.token is None and settings.host not in _LOOPBACK:
             logger.warning("whoever reaches %s can use the service: --token asks for a secret", settings.host)
         await stop.wait()

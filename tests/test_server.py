@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.typing import Origin
+from websockets.typing import Origin, Subprotocol
 
 import server
 from models.recognizer import Recognizer
@@ -368,8 +368,26 @@ async def test_the_token() -> None:
     async with running_service(token="sesame") as url:
         assert (await refusal(url))[0] == 401
         assert (await refusal(url, additional_headers={"Authorization": "Bearer sesam"}))[0] == 401
+        assert await connect_as(url, "localhost", more=["Authorization: Bearer \udcff\udcfe"]) == 401
         async with connect(url, additional_headers={"Authorization": "Bearer sesame"}):
             pass
+
+
+def token_subprotocol(token: str) -> Subprotocol:
+    return Subprotocol("dragoman.token." + base64.urlsafe_b64encode(token.encode()).decode().rstrip("="))
+
+
+async def test_the_token_as_a_browser_sends_it_is_not_sent_back() -> None:
+    token = "öffne dich, Sesam! ~~>>??"  # base64 with + and /
+    assert "-" in token_subprotocol(token) or "_" in token_subprotocol(token)
+    async with running_service(token=token) as url:
+        for offered in ([], [token_subprotocol(token[:-1])], [Subprotocol("dragoman.token.")]):
+            assert (await refusal(url, subprotocols=[server.SUBPROTOCOL, *offered]))[0] == 401
+        async with connect(url, subprotocols=[server.SUBPROTOCOL, token_subprotocol(token)]) as connection:
+            assert connection.subprotocol == server.SUBPROTOCOL
+            assert json.loads(await connection.recv())["type"] == "session.created"
+        async with connect(url, subprotocols=[token_subprotocol(token)]) as connection:
+            assert connection.subprotocol is None
 
 
 async def test_web_pages_connect_from_allowed_origins_only() -> None:
@@ -378,7 +396,61 @@ async def test_web_pages_connect_from_allowed_origins_only() -> None:
         async with connect(url, origin=Origin("https://example.org")):
             pass
     async with running_service() as url:
-        assert (await refusal(url, origin="http://localhost"))[0] == 403
+        assert await refusal(url, origin="http://localhost") == (
+            403, "pages of 'http://localhost' may not connect: --allow-origin lets them\n"
+        )  # fmt: skip
+
+
+async def connect_as(url: str, name: str, more: Sequence[str] = ()) -> int:
+    """The status for a page that the service shows under a name, whichever address that name stands for."""
+    port = url.split(":")[2].partition("/")[0]
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        lines = [f"GET {server.PATH} HTTP/1.1", f"Host: {name}:{port}", f"Origin: http://{name}:{port}"]
+        lines += ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+        lines += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", *more, "", ""]
+        writer.write("\r\n".join(lines).encode(errors="surrogateescape"))
+        status = int((await reader.readline()).split()[1])
+        writer.close()
+    return status
+
+
+async def test_the_services_own_page_connects_without_being_allowed() -> None:
+    async with running_service() as url:
+        assert [await connect_as(url, name) for name in ("127.0.0.1", "localhost", "LocalHost", "[::1]")] == [101] * 4
+        assert await connect_as(url, "rebound.example") == 403  # a stranger's name for this machine
+        for origin in ("http://evil.example", "\udcff"):
+            assert await connect_as(url, "localhost", more=[f"Origin: {origin}"]) == 403
+    async with running_service(host="0.0.0.0") as url:
+        assert await connect_as(url, "captions.example") == 101
+    async with running_service(token="sesame") as url:
+        assert await connect_as(url, "captions.example") == 401
+        assert await connect_as(url, "captions.example", more=["Authorization: Bearer sesame"]) == 101
+
+
+async def test_the_page_is_served_to_everyone_and_runs_nothing_of_others() -> None:
+    def fetch(url: str) -> tuple[Any, str]:
+        with urllib.request.urlopen(url.replace("ws:", "http:")) as answer:
+            return answer.headers, answer.read().decode()
+
+    async with (
+        running_service(token="sesame", max_sessions=1) as url,
+        connect(url, additional_headers={"Authorization": "Bearer sesame"}),
+    ):
+        root = url.removesuffix(server.PATH)
+        for path, (name, kind) in server._PAGE_FILES.items():
+            headers, text = await asyncio.to_thread(fetch, f"{root}{path}?x=1")
+            assert text == (server._PAGE / name).read_text()
+            assert headers.get_all("Content-Type") == [f"{kind}; charset=utf-8"]
+            assert headers["X-Content-Type-Options"] == "nosniff"
+            assert headers["Cache-Control"] == "no-store"
+            policy = dict(rule.strip().split(" ", 1) for rule in headers["Content-Security-Policy"].split(";"))
+            assert policy["default-src"] == "'none'" and policy["frame-ancestors"] == "'none'"
+            assert not any(
+                "unsafe" in rule or "*" in rule or ":" in rule.replace("blob:", "") for rule in policy.values()
+            )
+        for path in ("/index.html", "/page", "/../server.py", "/%2e%2e/server.py", "//style.css", "/capture.js/"):
+            assert (await asyncio.to_thread(get, f"{root}{path}"))[0] == 404
 
 
 async def test_a_silent_client_is_let_go() -> None:
