@@ -4,9 +4,9 @@
 
 Talks come a word at a time, all in step, and everything that a word leads to is computed before the next one comes. For
 each number of talks they are translated a token at a time, and with n-grams as drafts, of a fixed length and of the
-controller's; one talk also with each other drafter. The runs take turns, so that a busy machine slows them alike; each
-begins with drafters that have learnt nothing but their seed, and the cost of a forward is measured before the clock
-runs.
+controller's, and if the model has heads, with both (``heads too``); one talk also with each other drafter. The runs
+take turns, so that a busy machine slows them alike; each begins with drafters that have learnt nothing but their seed,
+and the cost of a forward is measured before the clock runs.
 
 - ``identical``: whether all of them wrote the same ids, chunk by chunk.
 - ``tokens_per_forward``: tokens written, ends of writes included, for each forward of a talk. Forwards that only read
@@ -14,23 +14,30 @@ runs.
 - ``forward_ratio``: forwards of a token at a time for each forward here.
 - ``wall_ratio``, ``cpu_ratio``: the same of seconds, and of processor seconds: medians over the repeats.
 - ``word_p50_ms``, ``word_p95_ms``: what a word's forwards took together.
+- ``controller_over_best``: seconds of a token at a time, or of the fixed length if that took fewer, for each second of
+  the controller's, the median over the repeats and the worst over the numbers of talks; ``…_cpu`` the same of processor
+  seconds, which a loaded machine disturbs less.
+
+With ``--identity``, every way is run once upon as many talks at a time as there may be, and only compared.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from models.heads import DraftHeads
 from models.translator import Translator
 from streaming.drafts import Drafter, NGrams, Recycling, Repetition, Seed
 from streaming.errors import DragomanError
 from streaming.goodput import Cost, calibrated
+from streaming.heads import Heads
 from streaming.speculation import Speculation
 from streaming.translation import Interleaved
 
@@ -109,6 +116,12 @@ def figures(runs: Sequence[Run], plain: Sequence[Run], talks: int) -> dict[str, 
     }
 
 
+def over_best(runs: Mapping[str, Sequence[Run]], seconds: Callable[[Run], float]) -> float:
+    """How the controller compares with the better of plain and fixed, run by run; 1 or more if it is no slower."""
+    turns = zip(runs["plain"], runs["fixed"], runs["controller"], strict=True)
+    return float(np.median([min(seconds(plain), seconds(fixed)) / seconds(own) for plain, fixed, own in turns]))
+
+
 def measure(
     translator: Translator,
     texts: Sequence[str],
@@ -119,6 +132,7 @@ def measure(
     repeats: int = 3,
     batches: Sequence[int] = BATCHES,
     seeds: dict[str, Any] | None = None,
+    heads: DraftHeads | None = None,
 ) -> dict[str, Any]:
     """All figures; see the head of this file.
 
@@ -131,35 +145,35 @@ def measure(
         repeats: Runs of each way.
         batches: Numbers of talks.
         seeds: N-grams of the training targets.
+        heads: Of the translator's model.
 
     Raises:
         DragomanError: ``unsupported_model`` if a policy decides for the model when to write.
     """
-    if translator.policy != "interleaved":
-        raise DragomanError(
-            "unsupported_model",
-            f"model {translator.name!r} writes by the policy {translator.policy}; drafts are for one that was trained"
-            " to decide itself when to write",
-        )
-    cost, by_batch, used = calibrated(translator.llm, rows=batches), [], dict[str, Speculation]()
+    _require_interleaved(translator)
+    cost, used = calibrated(translator.llm, rows=batches), dict[str, Speculation]()
+    by_batch: list[dict[str, Any]] = []
     translate(translator, talks_of(texts, 1, 20), lambda: None, target=target, latency=latency)  # what is made once
     for batch in batches:
         talks = talks_of(texts, batch, max(1, words // batch))
-        ways = _ways(used, cost, seeds or {}, alone=batch == 1)
+        ways = _ways(used, cost, seeds or {}, heads, alone=batch == 1)
         runs: dict[str, list[Run]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, build in ways.items():
                 runs[name].append(translate(translator, talks, build, target=target, latency=latency))
         by_batch.append(
             {"talks": batch, "words": sum(map(len, talks))}
+            | {
+                "controller_over_best": over_best(runs, lambda run: run.seconds),
+                "controller_over_best_cpu": over_best(runs, lambda run: run.cpu_seconds),
+            }
             | {name: figures(found, runs["plain"], batch) for name, found in runs.items()}
         )
-    first = by_batch[0]["controller"]
-    assert isinstance(first, dict)
     every = [way for one in by_batch for way in one.values() if isinstance(way, dict)]
     return {
-        **first,
+        **by_batch[0]["controller"],
         "identical": all(way["identical"] for way in every),
+        **{name: min(one[name] for one in by_batch) for name in ("controller_over_best", "controller_over_best_cpu")},
         "batches": by_batch,
         "acceptance": {
             name: {source: one.accepted[source] / drafted for source, drafted in sorted(one.drafted.items())}
@@ -169,7 +183,46 @@ def measure(
     }
 
 
-def _ways(used: dict[str, Speculation], cost: Cost, seeds: dict[str, Seed], *, alone: bool) -> dict[str, Build]:
+def identity(
+    translator: Translator,
+    texts: Sequence[str],
+    *,
+    target: str,
+    latency: str = "medium",
+    words: int = 10_000,
+    batch: int = BATCHES[-1],
+    seeds: dict[str, Any] | None = None,
+    heads: DraftHeads | None = None,
+) -> dict[str, Any]:
+    """Whether every way writes the same ids; see the head of this file. Arguments and errors are :func:`measure`'s."""
+    _require_interleaved(translator)
+    talks = talks_of(texts, batch, -(-words // batch))
+    ways = _ways({}, Cost(), seeds or {}, heads, alone=True)
+    ids = {
+        name: translate(translator, talks, build, target=target, latency=latency).ids for name, build in ways.items()
+    }
+    plain = ids.pop("plain")
+    same = {name: found == plain for name, found in ids.items()}
+    return {
+        "identical": all(same.values()),
+        "words": sum(map(len, talks)),
+        "tokens": sum(len(chunk) + 1 for talk in plain for chunk in talk),
+        "ways": same,
+    }
+
+
+def _require_interleaved(translator: Translator) -> None:
+    if translator.policy != "interleaved":
+        raise DragomanError(
+            "unsupported_model",
+            f"model {translator.name!r} writes by the policy {translator.policy}; drafts are for one that was trained"
+            " to decide itself when to write",
+        )
+
+
+def _ways(
+    used: dict[str, Speculation], cost: Cost, seeds: dict[str, Seed], heads: DraftHeads | None, *, alone: bool
+) -> dict[str, Build]:
     """The ways to translate; what was used last under each name is left in ``used``, if ``alone``."""
 
     def way(name: str, drafters: Callable[[], Sequence[Drafter]], max_tokens: int, fixed: bool) -> Build:
@@ -189,23 +242,32 @@ def _ways(used: dict[str, Speculation], cost: Cost, seeds: dict[str, Seed], *, a
         "fixed": way("fixed", seeded, FIXED_TOKENS, True),
         "controller": way("controller", seeded, MAX_TOKENS, False),
     }
-    if alone:
-        each: dict[str, Callable[[], Sequence[Drafter]]] = {
-            "repetition": lambda: [Repetition()],
-            "n-grams without seed": lambda: [NGrams()],
-            "recycling": lambda: [Recycling()],
-            "recycling tree": lambda: [Recycling((2, 2, 2))],
-        }
-        for name, drafters in each.items():
-            ways[name] = way(name, drafters, MAX_TOKENS if "tree" in name else FIXED_TOKENS, True)
+    each: dict[str, Callable[[], Sequence[Drafter]]] = {
+        "repetition": lambda: [Repetition()],
+        "n-grams without seed": lambda: [NGrams()],
+        "recycling": lambda: [Recycling()],
+        "recycling tree": lambda: [Recycling((2, 2, 2))],
+    }
+    if heads is not None:
+        trained = heads
+        each |= {"heads": lambda: [Heads(trained)], "learning heads": lambda: [Heads(trained, learns=True)]}
+        ways["heads too"] = way("heads too", lambda: [NGrams(seeds), Heads(trained)], MAX_TOKENS, False)
+    for name, drafters in each.items() if alone else ():
+        ways[name] = way(name, drafters, MAX_TOKENS if "tree" in name else FIXED_TOKENS, True)
     return ways
 
 
 def report(found: dict[str, Any]) -> str:
     """The figures as a table."""
-    lines = [f"identical: {found['identical']}   load average {found['load_average']:.1f}"]
+    lines = [
+        f"identical: {found['identical']}   controller over best: {found['controller_over_best']:.3f}, of processor"
+        f" seconds {found['controller_over_best_cpu']:.3f}   load average {found['load_average']:.1f}"
+    ]
     for one in found["batches"]:
-        lines.append(f"\n{one['talks']} talks, {one['words']} words")
+        lines.append(
+            f"\n{one['talks']} talks, {one['words']} words; controller over best"
+            f" {one['controller_over_best']:.3f}, cpu {one['controller_over_best_cpu']:.3f}"
+        )
         lines.append(f"{'':22} tokens/forward  forwards   wall    cpu  word p50 ms  p95 ms")
         for name, way in one.items():
             if isinstance(way, dict):

@@ -589,14 +589,22 @@ def bench_speculation(
     words: Annotated[int, typer.Option(min=1, help="Words to read, in all talks together.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, which take turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads to compute with.")] = 1,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Talks at a time; may be given several times. Left out: 1, 4, 16.")
+    ] = None,
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Only compare what all ways write, each run once, and print JSON.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare speculation with writing a token at a time: the same text, fewer forwards, how much time?"""
     with one_sentence():
         import torch
 
-        from benchmarks.speculation import TALK, measure, report
+        from benchmarks.speculation import BATCHES, TALK, measure, report
+        from benchmarks.speculation import identity as compare
         from client.evaluate import TextSet, read_all_sets
+        from models.heads import load_heads
         from models.translator import EMBEDDED_TRANSLATOR
         from streaming.drafts import load_seeds
 
@@ -605,14 +613,24 @@ def bench_speculation(
         if manifests:
             sets = read_all_sets(manifests)
             texts = [one.text for s in sets for one in (s.sentences if isinstance(s, TextSet) else s.utterances)]
+        model, folder = _load_translator(translator, device, dtype, [to], latency), translator or EMBEDDED_TRANSLATOR
+        seeds, heads, batches = load_seeds(folder), load_heads(folder, model.llm), batch or BATCHES
+        if identity:
+            same = compare(
+                model, texts, target=to, latency=latency, words=words, batch=max(batches), seeds=seeds, heads=heads
+            )
+            typer.echo(json.dumps(same))
+            return
         found = measure(
-            _load_translator(translator, device, dtype, [to], latency),
+            model,
             texts,
             target=to,
             latency=latency,
             words=words,
             repeats=repeats,
-            seeds=load_seeds(translator or EMBEDDED_TRANSLATOR),
+            batches=batches,
+            seeds=seeds,
+            heads=heads,
         )
         typer.echo(json.dumps(found) if as_json else report(found))
 

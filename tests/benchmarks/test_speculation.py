@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.speculation import BATCHES, TALK, measure, report, talks_of, translate
+import benchmarks.speculation
+from benchmarks.speculation import (
+    BATCHES,
+    TALK,
+    Build,
+    Run,
+    Talk,
+    identity,
+    measure,
+    over_best,
+    report,
+    talks_of,
+    translate,
+)
 from client.cli import app
+from models.translator import Translator
 from streaming.drafts import Recycling
 from streaming.speculation import Speculation
 from tests import tiny
@@ -47,6 +63,35 @@ def test_figures_of_all_ways_and_of_each_drafter() -> None:
     )
     assert all(0 <= share <= 1 for sources in found["acceptance"].values() for share in sources.values())
     assert "3 talks, 24 words" in report(found)
+    for name in ("controller_over_best", "controller_over_best_cpu"):
+        assert found[name] == min(one[name] for one in found["batches"]) > 0
+    assert f"controller over best: {found['controller_over_best']:.3f}" in report(found)
+
+
+def test_the_controller_is_held_against_the_better_way_of_each_turn() -> None:
+    """Its own 4, 8 and 2 seconds against 3, 8 and 1."""
+    seconds = {"plain": [3.0, 9.0, 1.0], "fixed": [6.0, 8.0, 5.0], "controller": [4.0, 8.0, 2.0]}
+    runs = {name: [Run([], seconds=one) for one in some] for name, some in seconds.items()}
+    assert over_best(runs, lambda run: run.seconds) == 0.75
+
+
+def test_identity_is_of_all_ways_and_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    t, how = tiny.translator(0), {"target": "es", "latency": "offline", "words": 24, "batch": 3}
+    found = identity(t, TEXTS, **how)
+    assert found["identical"] is True and found["words"] == 24 and found["tokens"] > 24
+    assert {"fixed", "controller", "recycling tree", "repetition"} < set(found["ways"])
+    real = benchmarks.speculation.translate
+
+    def wrong(translator: Translator, talks: Sequence[Talk], build: Build, **how: Any) -> Run:
+        run = real(translator, talks, build, **how)
+        if isinstance(speculation := build(), Speculation) and speculation.top_k > 1:  # the tree
+            run.ids[1][0] = (*run.ids[1][0], 7)
+        return run
+
+    monkeypatch.setattr(benchmarks.speculation, "translate", wrong)
+    found = identity(t, TEXTS, **how)
+    assert found["identical"] is False
+    assert [name for name, same in found["ways"].items() if not same] == ["recycling tree"]
 
 
 def test_the_command_prints_json(tmp_path: Path) -> None:
@@ -57,6 +102,9 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert found["identical"] and {"tokens_per_forward", "wall_ratio"} < set(found)
     assert [one["talks"] for one in found["batches"]] == list(BATCHES)
+    result = CliRunner().invoke(app, [*arguments, "--identity", "--batch", "2"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["identical"] is True
     assert len(TALK.read_text(encoding="utf-8").split()) > 1000
 
 
