@@ -137,6 +137,18 @@ def test_recycling_follows_the_models_own_best_tokens() -> None:
     assert drafter.propose(at([9]), 1).draft == Draft.chain([4])
 
 
+def test_recycling_is_bounded_and_of_each_language_by_itself() -> None:
+    drafter = Recycling(max_tokens=100)
+    drafter.observe(Outcome(at([5]), (6,), (), ((6, 7),)))
+    drafter.observe(Outcome(at([5], "de"), (8,), (), ((8, 9),)))
+    assert drafter.propose(at([1, 5]), 1).draft == Draft.chain([6])  # another session's past
+    assert drafter.propose(at([5], "de"), 1).draft == Draft.chain([8])
+    for token in range(10, 400):
+        drafter.observe(Outcome(at([token]), (token + 1,), (), ((token + 1, 1),)))
+    assert len(drafter._best["es"]) <= 100 and not drafter.propose(at([5]), 1).draft.tokens
+    assert drafter.propose(at([5], "de"), 1).draft == Draft.chain([8])
+
+
 # ----------------------------------------------------------------------------------------------------------- seeds
 
 
