@@ -128,7 +128,7 @@ class Step:
 
     @torch.no_grad()
     def _captured(self) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries make their workspaces at the first calls
             for _ in range(_WARM_UP):

@@ -28,7 +28,7 @@ from models.llm import Llm, load_llm
 from models.speculative import Draft
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.translator import Translator
-from streaming.drafts import Context, Outcome, Proposal, spelled
+from streaming.drafts import Context, Outcome, Proposal
 from streaming.errors import DragomanError
 
 #: Pasts that are kept, those of the rows that are drafted for included.
@@ -314,13 +314,15 @@ class Listener:
 
     def observe(self, outcome: Outcome) -> None:
         """See :class:`streaming.drafts.Drafter`."""
-        context = outcome.context
-        if outcome.accepted[-1:] != (context.end,):
+        if not outcome.accepted:
             return
+        context = outcome.context
         written = len(context.past.rpartition(chr(context.end))[2])
-        sequence = context.sequence + spelled(outcome.accepted)
-        self.writes.append(Written(tuple(map(ord, sequence)), len(context.sequence) - written))
-        del self.writes[: -self._limit]
+        tokens = (*map(ord, context.sequence), *outcome.accepted)
+        begin = len(context.sequence) - written
+        # A write comes in several pieces, of which the last has all.
+        self.writes = [w for w in self.writes if w.begin != begin or tokens[: len(w.tokens)] != w.tokens]
+        self.writes = [*self.writes, Written(tokens, begin)][-self._limit :]
 
 
 @dataclass(frozen=True)

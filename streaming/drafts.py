@@ -45,7 +45,7 @@ _SHIFT = 3
 #: Tokens that may follow a context, of which a store keeps count.
 _SUCCESSORS = 4
 #: A draft ends before a token that is less probable than this to be reached: it would not pay.
-_LEAST_REACHED = 0.05
+_LEAST_REACHED = 0.005
 #: How much of a count is taken for chance, as Kneser and Ney do; about what held-out translations ask for.
 _DISCOUNT = 0.8
 

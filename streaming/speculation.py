@@ -113,20 +113,25 @@ class Speculation:
             one.first(self._max_tokens - 1).after(source, begin_write, sure) for one in found if one.sure
         ]
 
-    def observe(self, wish: Wish, proposal: Proposal, path: Sequence[int], outcome: Outcome) -> None:
+    @property
+    def learning(self) -> bool:
+        """Whether the drafters are told what became of the present step; not where it does not pay to ask them."""
+        return self._learns and self._length > 0
+
+    def observe(self, wish: Wish, proposal: Proposal, path: Sequence[int], outcome: Outcome | None) -> None:
         """Learns what became of a draft.
 
         Args:
             wish: Where it was to follow.
             proposal: The draft, perhaps empty.
             path: Its tokens that were right.
-            outcome: For the drafters.
+            outcome: For the drafters, if they are learning and the model has chosen something.
         """
         self.goodput.acceptance.observe(proposal, path)
         for i, source in enumerate(proposal.sources):
             self.drafted[source] = self.drafted.get(source, 0) + 1
             self.accepted[source] = self.accepted.get(source, 0) + (i in path)
-        if self._learns and self._length and outcome.accepted:
+        if outcome is not None and self.learning:
             for drafter, _ in self._drafters:
                 drafter.observe(outcome)
 

@@ -450,7 +450,8 @@ class Interleaved:
         wishes = [self._wish(row, plan) for row, plan in zip(state.rows, plans, strict=True)]
         decided, keys = [len(plan.tokens) for plan in plans], int(state.cache.lengths.max())
         proposals = self.speculation.propose(wishes, decided, keys, begin_write=self.translator.end_of_read)
-        return wishes, [replace(plan, proposal=one) for plan, one in zip(plans, proposals, strict=True)]
+        pairs = zip(plans, proposals, strict=True)
+        return wishes, [replace(plan, proposal=one) if one.sure else plan for plan, one in pairs]
 
     def _wish(self, row: Row, plan: _Plan) -> Wish | None:
         """Where a draft could follow: after an open write, or after the last word that is read, if a write may too."""
@@ -498,14 +499,18 @@ class Interleaved:
         """Tells the drafters what the model chose."""
         if self.speculation is None or wish is None or one.path is None:
             return
-        rejected = (token for i, token in enumerate(plan.draft.tokens) if i not in one.path)
-        outcome = Outcome(
-            wish.context,
-            tuple(answers.choices[i] for i in one.chosen),
-            tuple(rejected),
-            tuple(tuple(answers.best[i]) for i in one.chosen) if answers.best else (),
-            answers.hidden[list(one.chosen)],
-        )
+        outcome = None
+        if self.speculation.learning and one.chosen:
+            first, last = one.chosen[0], one.chosen[-1]
+            rejected = (token for i, token in enumerate(plan.draft.tokens) if i not in one.path)
+            outcome = Outcome(
+                wish.context,
+                tuple(answers.choices[i] for i in one.chosen),
+                tuple(rejected),
+                tuple(tuple(answers.best[i]) for i in one.chosen) if answers.best else (),
+                # A slice where the places stand together takes less time, and this happens at each forward.
+                answers.hidden[slice(first, last + 1) if last - first < len(one.chosen) else list(one.chosen)],
+            )
         self.speculation.observe(wish, plan.proposal, one.path, outcome)
 
     # ------------------------------------------------------------------------------------------------- the forward

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.speculative import ROOT, Draft
-from streaming.drafts import Proposal
+from streaming.drafts import Context, Outcome, Proposal
 from streaming.goodput import EXPLORE_EVERY, Acceptance, Asking, Cost, Goodput, Shape, _advances, calibrated
+from streaming.speculation import Speculation, Wish
 from tests import tiny
 
 
@@ -196,3 +197,36 @@ def test_each_load_has_its_own_length() -> None:
         for rows, saves in ((1, 1e-3), (16, -1e-3)):
             lengths[rows] += asked(asking, 7, lambda n, saves=saves: saves * n, rows)
     assert lengths[1][350:].count(4) > 0.9 * 350 and lengths[16][350:].count(0) > 0.9 * 350
+
+
+class Costly:
+    """A drafter that takes longer for each token than its guesses are worth, or not so long."""
+
+    name, top_k = "costly", 0
+
+    def __init__(self) -> None:
+        self.asked, self.taught = list[int](), 0
+
+    def propose(self, context: Context, k: int) -> Proposal:
+        self.asked.append(k)
+        return Proposal.of(self.name, Draft.chain([7] * k), [0.7] * k)
+
+    def observe(self, outcome: Outcome) -> None:
+        self.taught += 1
+
+
+@pytest.mark.parametrize("token_s", [1e-5, 4e-3])
+def test_a_drafter_is_asked_and_taught_only_if_its_time_comes_back(token_s: float) -> None:
+    drafter, context = Costly(), Context("es", "a", 3)
+    cost = Cost()
+    run_on(cost, 3000)
+    speculation = Speculation([drafter], max_tokens=3, cost=cost)
+    for _ in range(3000):
+        before = len(drafter.asked)
+        [proposal] = speculation.propose([Wish(context)], [1], 100, begin_write=9)
+        outcome = Outcome(context, (7,)) if speculation.learning else None
+        speculation.observe(Wish(context), proposal, range(len(proposal.sure)), outcome)
+        shape = Shape(1, 1 + len(proposal.sure), 100 + len(proposal.sure))
+        speculation.took(shape, machine(shape), token_s * sum(drafter.asked[before:]))
+    assert drafter.taught == len(drafter.asked)
+    assert len(drafter.asked) > 2800 if token_s < 1e-4 else len(drafter.asked) < 200
