@@ -217,9 +217,11 @@ def _languages(to: str | None) -> tuple[str, ...]:
 
 
 def _glossary(file: Path | None) -> "Glossary":
+    if file is None:
+        return {}
     from client.glossary import read_glossary
 
-    return {} if file is None else read_glossary(file)
+    return read_glossary(file)
 
 
 def _load_translator(

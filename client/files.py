@@ -72,7 +72,9 @@ class PcmStream:
             DragomanError: ``audio_empty`` when the stream ends before its first byte.
         """
         empty = True
-        while pcm := self._stream.read1(block_samples * self.format.bytes_per_sample):
+        # Without the buffer, whose lock would abort the program if it ends while a thread still waits here.
+        stream = getattr(self._stream, "raw", self._stream)
+        while pcm := stream.read(block_samples * self.format.bytes_per_sample):
             empty = False
             yield pcm
         if empty:

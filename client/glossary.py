@@ -10,10 +10,12 @@ The first field is a word or words of the source, the second the code of a targe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from streaming.errors import DragomanError
-from streaming.glossary import Glossary
+
+if TYPE_CHECKING:
+    from streaming.glossary import Glossary
 
 _FIELDS: Final = ("source", "language", "target")
 

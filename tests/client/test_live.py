@@ -1,9 +1,14 @@
 import asyncio
 import json
 import os
+import pty
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +17,16 @@ import soundfile
 from websockets.asyncio.server import ServerConnection
 
 import server
+from client.connection import to_bytes
 from client.files import AudioFile
 from client.live import stream
 from client.output import OutputFormat, make_writer
 from client.progress import Display
+from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
 
+ROOT = Path(__file__).parents[2]
 LEVELS = [0.2, 0.4, 0.6]  # 1.2 s
 TEXT = "w20 w40 w60\n"
 
@@ -86,6 +94,80 @@ async def test_ctrl_c_ends_the_audio_and_waits_for_the_last_words(
     words = capsys.readouterr().out.split()
     assert 1 <= len(words) < 50
     assert set(words) == {"w20"}
+
+
+class Program:
+    """`dragoman live` as a program of its own, whose input, and maybe whose output, this test holds."""
+
+    def __init__(self, url: str, file: str, *arguments: str, screen: bool = False) -> None:
+        self._screen, terminal = pty.openpty() if screen else os.pipe()
+        command = [sys.executable, "-m", "client.cli", "live", file, "--url", url, *arguments]
+        # Where the tests run in a shell's background, Ctrl-C is ignored, and a child would inherit that.
+        heed_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=terminal,
+            stderr=terminal if screen else subprocess.PIPE,
+            env=environment,
+            preexec_fn=heed_ctrl_c,
+        )
+        os.close(terminal)
+        self.shown = ""
+
+    async def until(self, text: str | None) -> str:
+        """What it has shown when that is in it; None: at its end."""
+        while text is None or text not in self.shown:
+            try:
+                piece = await asyncio.to_thread(os.read, self._screen, 65_536)
+            except OSError:  # how a terminal says that the other side is gone
+                piece = b""
+            self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", piece.decode())
+            if not piece:
+                assert text is None, f"{text!r} was never shown: {self.shown!r}"
+                os.close(self._screen)
+                break
+        return self.shown
+
+    async def end(self) -> tuple[int, bytes]:
+        """Its exit code, and what it wrote to standard error."""
+        await self.until(None)
+        complaints = self.process.stderr.read() if self.process.stderr else b""
+        assert self.process.stdin is not None
+        code = await asyncio.to_thread(self.process.wait)
+        self.process.stdin.close()
+        return code, complaints
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_ctrl_c_ends_what_waits_for_a_pipe(number: int) -> None:
+    async with running_service() as url:
+        program = Program(url, "-", "--fast")
+        assert program.process.stdin is not None
+        program.process.stdin.write(to_bytes(tone([0.2, 0.4, 0.6])[:-100], AudioFormat()))
+        program.process.stdin.flush()
+        await program.until("w40")
+        await asyncio.sleep(1)  # the third word has come but for its last samples
+        program.process.send_signal(number)
+        assert await program.end() == (0, b"")
+    assert program.shown == TEXT
+
+
+async def test_progress_shares_the_terminal_with_the_words(recording: Callable[..., AudioFile]) -> None:
+    async with running_service(translator=FakeTranslator()) as url:
+        program = Program(url, str(recording().path), "--fast", "--to", "es", screen=True)
+        assert await program.end() == (0, b"")
+    lines = program.shown.replace("\r", "\n").split("\n")
+    told = ["w20", "    es  es20", "w40", "    es  es40", "w60", "    es  es60"]
+    assert list(dict.fromkeys(line for line in lines if re.match(r"w|    es", line))) == told
+    assert re.search(r"0:00:01/0:00:01, [\d.]+x real time(, [\d.]+ s behind)?", program.shown)
+
+
+def test_a_client_does_not_load_what_computes() -> None:
+    code = "import sys, client.live, client.connection, client.glossary; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 async def failure(url: str, source: AudioFile, **arguments: Any) -> DragomanError:
