@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from models.heads import DraftHeads
 from models.translator import Translator
-from streaming.drafts import Context, Outcome, Proposal, spelled
+from streaming.drafts import Context, Drafter, Outcome, Proposal, spelled
 from streaming.heads import EVERY, MAX_PLACES, Heads
 from streaming.speculation import Speculation
 from streaming.translation import Interleaved
@@ -49,7 +49,7 @@ def test_a_context_has_the_state_before_its_last_token(seed: int, spoken: Spoken
     """Recomputed from the whole sequence; from the first token of a write on, if its words had been read before."""
     t = tiny.translator(seed)
     watcher = Watcher()
-    drafters = [watcher, Heads(random_heads(t.llm, seed))] if guessing else [watcher]
+    drafters: list[Drafter] = [watcher, Heads(random_heads(t.llm, seed))] if guessing else [watcher]
     interpreter = Interleaved(t, Speculation(drafters, fixed=True))
     chunks, _ = run(interpreter, fed(interpreter, opened(t)[1], spoken))
     known = [one for one in watcher.contexts if one.hidden is not None]
