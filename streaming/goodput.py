@@ -61,6 +61,7 @@ class _Measured:
     shape: Shape
     seconds: float
     count: int = 1
+    factor: float = 1.0  # by which it differs from the line
 
 
 class Cost:
@@ -86,7 +87,7 @@ class Cost:
         """Learns what a forward took."""
         key = _bucket(shape)
         if (known := self._measured.get(key)) is None:
-            self._measured[key] = _Measured(shape, seconds)
+            known = self._measured[key] = _Measured(shape, seconds)
             self._new = _FIT_EVERY
         else:
             known.count += 1
@@ -97,14 +98,16 @@ class Cost:
         if self._new >= _FIT_EVERY:
             self._fit()
             self._new = 0
+        else:
+            known.factor = self._factor(known)
 
     def seconds(self, shape: Shape) -> float:
         """What a forward is expected to take; before the first measurement, in units of a short one."""
-        line = self._on_line(shape)
-        if (known := self._measured.get(_bucket(shape))) is None:
-            return line
-        share = known.count / (known.count + _FIT_WEIGHT)
-        return line * math.pow(known.seconds / self._on_line(known.shape), share)
+        known = self._measured.get(_bucket(shape))
+        return self._on_line(shape) * (1.0 if known is None else known.factor)
+
+    def _factor(self, known: _Measured) -> float:
+        return math.pow(known.seconds / self._on_line(known.shape), known.count / (known.count + _FIT_WEIGHT))
 
     def _on_line(self, shape: Shape) -> float:
         constant, by_token, by_key = self._line
@@ -123,8 +126,10 @@ class Cost:
             if (found >= 0).all():
                 line = dict(zip(parts, found.tolist(), strict=True))
                 self._line = line.get(0, 0.0), line.get(1, 0.0), line.get(2, 0.0)
-                return
+                break
             del parts[int(found.argmin())]
+        for one in known:
+            one.factor = self._factor(one)
 
 
 def clock(device: torch.device) -> float:

@@ -30,7 +30,8 @@ def translated(events: list[Event]) -> dict[str, str]:
 
 def test_the_folder_is_whole_and_small() -> None:
     sizes = {file.name: file.stat().st_size for file in EMBEDDED_TRANSLATOR.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.model", "README.md", "curve.svg"} == set(sizes)
+    needed = {"config.json", "model.safetensors", "tokenizer.model", "README.md", "curve.svg"}
+    assert needed <= set(sizes) <= needed | {"drafts.safetensors", "heads.safetensors"}
     assert sum(sizes.values()) < 32e6
     config = json.loads((EMBEDDED_TRANSLATOR / "config.json").read_text())
     assert config["name"] == EMBEDDED_TRANSLATOR.name

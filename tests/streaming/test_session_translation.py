@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.audio import AudioFormat
+from streaming.drafts import NGrams
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta, Word
-from streaming.interpreter import translate
+from streaming.interpreter import FORWARDS_PER_TICK, translate
 from streaming.session import Session, SessionConfig, tick
+from streaming.speculation import Speculation
 from streaming.text_session import TextSession
 from tests import tiny
 
@@ -269,3 +271,20 @@ def test_a_text_session_writes_upon_its_last_words_and_ends() -> None:
 def test_a_text_session_needs_a_language() -> None:
     with pytest.raises(DragomanError, match="needs a language"):
         TextSession(tiny.translator(), [])
+
+
+def test_sessions_of_one_speculation_share_each_forward_and_tell_what_each_tells_without() -> None:
+    t, speculation = tiny.translator(3), Speculation([NGrams()])
+    lines = ["the speaker is still talking", "and nothing is taken back", "el hablante sigue"] * 2
+    sessions = [TextSession(t, ["es", "de"], speculation=speculation) for _ in lines]
+    for session, line in zip(sessions, lines, strict=True):
+        session.write(line)
+        session.close_input()
+    steps = 0
+    while ready := [session for session in sessions if session.ready()]:
+        translate(ready)
+        steps += 1
+    assert steps <= speculation.forwards <= FORWARDS_PER_TICK * steps
+    for session, line in zip(sessions, lines, strict=True):
+        single = TextSession(t, ["es", "de"])
+        assert session.take_events() == single.push(line) + single.finish()
