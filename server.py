@@ -51,6 +51,7 @@ from streaming.events import (
     TranscriptDelta,
     TranslationDelta,
 )
+from streaming.interpreter import translate_ahead
 from streaming.session import Session, SessionConfig, tick
 from streaming.speculation import Speculation
 
@@ -65,6 +66,7 @@ _MAX_MESSAGE_BYTES: Final = 1 << 20
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
 _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
+_MAX_AHEAD: Final = 4  # sessions that are translated ahead together
 _SEND_TIMEOUT_S: Final = 20.0
 _DRAIN_TIMEOUT_S: Final = 5.0
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
@@ -100,6 +102,7 @@ class Settings:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         max_sessions: Sessions at a time; a further client is refused with HTTP 503.
+        translate_ahead: Whether to translate what has not been told yet while there is nothing else to do.
         idle_timeout_s: Seconds without a message after which a session ends.
         origins: Web origins whose pages may connect beside the service's own; programs, which send none, always may.
         token: Secret that a client must send, as ``Authorization: Bearer`` or as a subprotocol; None asks for none.
@@ -110,6 +113,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8765
     max_sessions: int = 16
+    translate_ahead: bool = False
     idle_timeout_s: float = 60.0
     origins: tuple[str, ...] = ()
     token: str | None = None
@@ -218,10 +222,18 @@ def _size(message: ClientMessage) -> int:
 class Engine:
     """The one thread that computes, for all sessions together."""
 
-    def __init__(self, recognizer: Recognizer, translator: Translator | None, speculation: Speculation | None) -> None:
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        translator: Translator | None,
+        speculation: Speculation | None,
+        *,
+        ahead: bool = False,
+    ) -> None:
         self._recognizer = recognizer
         self._translator = translator
         self._speculation = speculation
+        self._ahead = ahead
         self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
         self._wake = threading.Event()
         self._stopping = False
@@ -272,7 +284,13 @@ class Engine:
             self._guard(list(ready), partial(tick, list(ready.values())))
         for stream in streams:
             self._guard([stream], partial(self._collect, stream))
-        return any(fed) or bool(ready)
+        return any(fed) or bool(ready) or (self._ahead and self._translate_ahead(streams))
+
+    def _translate_ahead(self, streams: Sequence[Stream]) -> bool:
+        """One forward for a few sessions, so short that what comes meanwhile hardly waits; False if none is needed."""
+        expecting = {s: s.session for s in streams if not s.over and s.session and s.session.expects}
+        some = dict(list(expecting.items())[:_MAX_AHEAD])
+        return self._guard(list(some), partial(translate_ahead, list(some.values())))
 
     def _feed(self, stream: Stream) -> bool:
         """Hand over messages until the session can make a step; False if there was none."""
@@ -352,7 +370,7 @@ class Service:
         self._recognizer = recognizer
         self._translator = translator
         self._settings = settings
-        self._engine = Engine(recognizer, translator, speculation)
+        self._engine = Engine(recognizer, translator, speculation, ahead=settings.translate_ahead)
         self._page = {path: (kind, (_PAGE / name).read_text("utf-8")) for path, (name, kind) in _PAGE_FILES.items()}
         self._server: Server | None = None
 

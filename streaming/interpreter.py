@@ -15,6 +15,7 @@ from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.fallback import Fallback
 from streaming.glossary import Glossary
+from streaming.preemptive import Ahead, expecting, told
 from streaming.speculation import Speculation
 from streaming.translation import Interleaved, TranslatedChunk
 
@@ -65,6 +66,18 @@ class TimedWord(NamedTuple):
     emitted_ms: int | None = None
 
 
+class Portion(NamedTuple):
+    """Words that have been told, and that are translated together.
+
+    Attributes:
+        words: Perhaps none.
+        closes: Whether a segment ends with them.
+    """
+
+    words: tuple[TimedWord, ...] = ()
+    closes: bool = False
+
+
 @dataclass(frozen=True)
 class Interpretation:
     """The translating part of one session; a value.
@@ -75,6 +88,9 @@ class Interpretation:
         words: Words that some row has not written upon yet, and the one before them.
         first: Index of the first of them, from the session's start.
         unread: For each row, the index of the first word that it has not written upon.
+        held: Chunks upon a portion that some row still translates. Of several languages, the one that was asked for
+            first is told first, whichever is written first.
+        ahead: What has been translated upon words that have not been told; None for nothing.
     """
 
     interpreter: Interpreter
@@ -82,6 +98,8 @@ class Interpretation:
     unread: tuple[int, ...]
     words: tuple[TimedWord, ...] = ()
     first: int = 0
+    held: tuple[TranslatedChunk, ...] = ()
+    ahead: Ahead | None = None
 
     @classmethod
     def begin(
@@ -119,13 +137,34 @@ class Interpretation:
         """Whether there is something to translate."""
         return self.interpreter.ready(self.state)
 
-    def fed(self, words: Sequence[TimedWord], *, closes: bool) -> Interpretation:
-        """The interpretation with more words at its end; ``closes`` if a segment ends with them."""
-        state = self.interpreter.feed(self.state, [word.word for word in words], closes=closes)
-        return replace(self, state=state, words=(*self.words, *words))
+    @property
+    def several(self) -> bool:
+        """Whether there are several languages, so that words come one by one."""
+        return len(self.unread) > 1
+
+    def fed(self, portion: Portion) -> tuple[list[TranslationDelta], Interpretation]:
+        """The interpretation with more words at its end, and what has been translated of them ahead."""
+        words = [word.word for word in portion.words]
+        fed = replace(self, words=(*self.words, *portion.words), ahead=None)
+        if self.ahead is None:
+            return [], replace(fed, state=self.interpreter.feed(self.state, words, closes=portion.closes))
+        assert isinstance(self.interpreter, Interleaved)
+        branch, ahead = told(self.interpreter, self.state, self.ahead, words, closes=portion.closes)
+        return replace(fed, ahead=ahead).after(branch.state, branch.chunks)
+
+    def expecting(self, word: str, *, ends: bool) -> Interpretation:
+        """The interpretation, which has nothing to do, with a guess of what comes; see :mod:`streaming.preemptive`."""
+        if not isinstance(self.interpreter, Interleaved):
+            return self
+        return replace(self, ahead=expecting(self.interpreter, self.state, self.ahead, word, ends=ends))
 
     def after(self, state: Any, chunks: Sequence[TranslatedChunk]) -> tuple[list[TranslationDelta], Interpretation]:
         """What a step has brought: events whose ``seq`` is still to be given, and the interpretation."""
+        if self.several:
+            chunks = (*self.held, *chunks)
+            if self.interpreter.ready(state):
+                return [], replace(self, state=state, held=chunks)
+            chunks = sorted(chunks, key=lambda chunk: chunk.row)
         deltas, unread = [], list(self.unread)
         for chunk in chunks:
             unread[chunk.row] = chunk.last_word + 1
@@ -145,7 +184,7 @@ class Interpretation:
                 )
         first_kept = max(0, min(unread) - 1)  # at its end, a segment may be written upon once more
         words = self.words[first_kept - self.first :]
-        return deltas, replace(self, state=state, unread=tuple(unread), words=words, first=first_kept)
+        return deltas, replace(self, state=state, unread=tuple(unread), words=words, first=first_kept, held=())
 
 
 def advance(interpretations: Sequence[Interpretation]) -> list[tuple[list[TranslationDelta], Interpretation]]:
@@ -157,6 +196,17 @@ def advance(interpretations: Sequence[Interpretation]) -> list[tuple[list[Transl
         chunks, after = interpreter.step(states, max_forwards=FORWARDS_PER_TICK)
         for i, found, state in zip(at, chunks, after, strict=True):
             results[i] = interpretations[i].after(state, found)
+    return [results[i] for i in range(len(interpretations))]
+
+
+def _advance_ahead(interpretations: Sequence[Interpretation], max_forwards: int) -> list[Interpretation]:
+    """Advances what is translated ahead, in common batches."""
+    results: dict[int, Interpretation] = {}
+    for interpreter in {one.interpreter for one in interpretations}:
+        at = {i: one.ahead for i, one in enumerate(interpretations) if one.interpreter == interpreter and one.ahead}
+        chunks, after = interpreter.step([one.open.state for one in at.values()], max_forwards=max_forwards)
+        for (i, one), found, state in zip(at.items(), chunks, after, strict=True):
+            results[i] = replace(interpretations[i], ahead=one.after(state, found))
     return [results[i] for i in range(len(interpretations))]
 
 
@@ -172,8 +222,8 @@ class Teller:
 
     def __init__(self, interpretation: Interpretation | None) -> None:
         self._interpretation = interpretation
-        # What waits until the words before it are translated. None: a segment has ended without further words.
-        self._untold: tuple[Event | Sequence[TimedWord] | None, ...] = ()
+        # What waits until the words before it are translated.
+        self._untold: tuple[Event | Portion, ...] = ()
         self._events: tuple[Event, ...] = ()
         self._seq = 0
 
@@ -187,7 +237,17 @@ class Teller:
         """Whether there is something to translate."""
         return self._interpretation is not None and self._interpretation.ready
 
-    def _emit(self, event: Event | Sequence[TimedWord] | None) -> None:
+    @property
+    def tail(self) -> str:
+        """The word that has begun and may still grow, as it stands; empty if there is none. It has not been told."""
+        return ""
+
+    @property
+    def pausing(self) -> bool:
+        """Whether a segment may be about to end. Where nothing tells, it always may."""
+        return True
+
+    def _emit(self, event: Event | Portion) -> None:
         self._untold = (*self._untold, event)
         self._tell_on()
 
@@ -196,28 +256,49 @@ class Teller:
         while self._untold and not self.translates:
             event = self._untold[0]
             if isinstance(event, SessionClosed):  # the last words may have closed no segment
-                self._feed((), closes=True)
+                self._feed(Portion(closes=True))
                 if self.translates:
                     return
             self._untold = self._untold[1:]
-            if event is None:
-                self._feed((), closes=True)
-            elif isinstance(event, TranscriptDelta):
-                self._tell(event)
-                words = [TimedWord(w.word, w.start_ms, w.end_ms, event.emitted_ms) for w in event.words]
-                self._feed(words, closes=event.endpoint)
-            elif isinstance(event, Sequence):
-                self._feed(event, closes=False)
-            else:
-                self._tell(event)
+            if isinstance(event, Portion):
+                self._feed(event)
+                continue
+            self._tell(event)
+            if isinstance(event, TranscriptDelta):
+                words = tuple(TimedWord(w.word, w.start_ms, w.end_ms, event.emitted_ms) for w in event.words)
+                self._untold = (*self._portions(words, closes=event.endpoint), *self._untold)
 
-    def _feed(self, words: Sequence[TimedWord], *, closes: bool) -> None:
+    def _portions(self, words: tuple[TimedWord, ...], *, closes: bool) -> list[Portion]:
+        """Words that are told at once, one by one if there are several languages.
+
+        Which of these is told first must not depend on how many words came at once.
+        """
+        if self._interpretation is None or not self._interpretation.several:
+            return [Portion(words, closes)] if words else []
+        last = len(words) - 1
+        return [Portion((word,), closes and i == last) for i, word in enumerate(words)]
+
+    def _feed(self, portion: Portion) -> None:
         if self._interpretation is not None:
-            self._interpretation = self._interpretation.fed(words, closes=closes)
+            deltas, self._interpretation = self._interpretation.fed(portion)
+            for delta in deltas:
+                self._tell(delta)
 
     def _tell(self, event: Event) -> None:
         self._events = (*self._events, replace(event, seq=self._seq))
         self._seq += 1
+
+    @property
+    def expects(self) -> bool:
+        """Whether there is something to translate ahead."""
+        return self._expecting() is not None
+
+    def _expecting(self) -> Interpretation | None:
+        """The interpretation with something to translate ahead; None if there is nothing."""
+        if self._interpretation is None or self._untold or self.translates:
+            return None
+        guess = self._interpretation.expecting(self.tail, ends=self.pausing)
+        return guess if guess.ahead is not None and guess.ahead.busy else None
 
     def _translated(self, deltas: Sequence[TranslationDelta], after: Interpretation) -> None:
         self._interpretation = after
@@ -232,3 +313,22 @@ def translate(sessions: Sequence[Teller]) -> None:
     results = advance([interpretation for _, interpretation in waiting if interpretation is not None])
     for (one, _), (deltas, after) in zip(waiting, results, strict=True):
         one._translated(deltas, after)
+
+
+def translate_ahead(sessions: Sequence[Teller], *, max_forwards: int = 1) -> bool:
+    """Translates ahead for sessions that have nothing else to do: a bounded step, in common batches.
+
+    What they tell does not depend on it, only how soon; see :mod:`streaming.preemptive`. A caller that has anything
+    else to do does that first.
+
+    Args:
+        sessions: Sessions that are not ready.
+        max_forwards: How many to run at most.
+
+    Returns:
+        Whether there was anything to translate.
+    """
+    waiting = [(one, guess) for one in sessions if (guess := one._expecting()) is not None]
+    for (one, _), after in zip(waiting, _advance_ahead([guess for _, guess in waiting], max_forwards), strict=True):
+        one._interpretation = after
+    return bool(waiting)

@@ -34,7 +34,7 @@ from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.features import GROUP_TAIL_SAMPLES, front_end
 from streaming.glossary import check_glossary
-from streaming.interpreter import UNNUMBERED, Interpretation, Teller, translate
+from streaming.interpreter import UNNUMBERED, Interpretation, Portion, Teller, translate
 from streaming.speculation import Speculation
 from streaming.text import EmittedWord, FlushGuard, TextState, WordAssembler, close_segment
 from streaming.transducer import CtcSearch, Search, Token, TransducerSearch
@@ -47,6 +47,8 @@ Lookahead = Literal["fixed", "adaptive"]
 FLUSH_FRAMES, MAX_FLUSH_FRAMES = 4, 14
 #: A chunk that was tried and has no pieces is taken if nobody speaks in the last so many frames.
 SILENCE_EVIDENCE_FRAMES = 6
+#: Frames without a piece after which a segment may be about to end, so that it is worth to translate as if it did.
+PAUSE_FRAMES = 3
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,17 @@ class Session(Teller):
             return decoded_ms
         return min(decoded_ms, self._interpretation.words[-1].emitted_ms or 0)
 
+    @property
+    def tail(self) -> str:
+        """See :class:`streaming.interpreter.Teller`."""
+        words, _ = self._words.close_word(self._text)
+        return words[0].word.word if words else ""
+
+    @property
+    def pausing(self) -> bool:
+        """See :class:`streaming.interpreter.Teller`."""
+        return self._decoder.frames[0] - self._text.silent_from_frame >= PAUSE_FRAMES
+
     def take_events(self) -> list[Event]:
         """The events since the last call."""
         events, self._events, self._fresh = self._events, (), ()
@@ -303,7 +316,7 @@ class Session(Teller):
             )
             self._emit(event)
         elif closes:
-            self._emit(None)
+            self._emit(Portion(closes=True))
         if closes and self._text.segment_words:
             self._text = close_segment(self._text)
 

@@ -14,7 +14,7 @@ from models.translator import Translator
 from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed
 from streaming.glossary import check_glossary
-from streaming.interpreter import UNNUMBERED, Interpretation, Teller, TimedWord, translate
+from streaming.interpreter import UNNUMBERED, Interpretation, Portion, Teller, TimedWord, translate
 from streaming.speculation import Speculation
 
 
@@ -44,7 +44,6 @@ class TextSession(Teller):
             raise DragomanError("unsupported_language", "a text session needs a language to translate into")
         check_glossary(glossary or {})
         super().__init__(Interpretation.begin(translator, languages, latency, glossary or {}, speculation))
-        self._several = len(languages) > 1
         self._closed = False
 
     def push(self, text: str) -> list[Event]:
@@ -70,12 +69,10 @@ class TextSession(Teller):
         """Takes words and computes nothing; ``closes`` if a segment ends with them."""
         if self._closed:
             raise DragomanError("session_closed", "words came after the end of the session; open a new one")
-        words = [TimedWord(word) for word in text.split()]
-        # Of several languages, which is told first must not depend on how many words came at once.
-        for portion in [[word] for word in words] if self._several else [words]:
+        for portion in self._portions(tuple(map(TimedWord, text.split())), closes=False):
             self._emit(portion)
         if closes:
-            self._emit(None)
+            self._emit(Portion(closes=True))
 
     def close_input(self) -> None:
         """Ends the text; the next steps write what is left."""

@@ -640,6 +640,7 @@ class Interleaved:
         first_word = row.words - len(row.read)
         chunk = TranslatedChunk(0, row.direction.target, delta, ids, first_word, row.words - 1, write.closes)
         source = tuple(token for word in row.read for token in word.ids)
+        said = spelled(ids)
         row = replace(
             row,
             read=(),
@@ -650,7 +651,7 @@ class Interleaved:
             begun=row.begun or bool(delta),
             past=(row.past + spelled((*ids, self.translator.end_of_write)))[-MAX_PAST_TOKENS:],
             history=row.history + spelled((*source, self.translator.end_of_read, *ids, self.translator.end_of_write)),
-            former="",
+            former=row.former.removeprefix(said) if row.former.startswith(said) else "",
             hidden=None,
         )
         return row, chunk

@@ -22,7 +22,9 @@ import server
 from models.recognizer import Recognizer
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.session import SessionConfig
+from streaming.interpreter import translate_ahead
+from streaming.session import Session, SessionConfig, tick
+from tests import tiny
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
 
 RATE_16K = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}}}
@@ -154,6 +156,36 @@ async def test_translations_come_with_the_audio_that_they_are_of() -> None:
         }
         assert [event["endpoint"] for event in deltas] == [False] * 4 + [True] * 2
         assert "".join(event["delta"] for event in deltas if event["language"] == "fr") == " fr20 fr40"
+
+
+async def test_what_is_told_does_not_depend_on_translating_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "Session", Session)
+    monkeypatch.setattr(server, "tick", tick)
+    noise = (3_000 * np.random.default_rng(2).standard_normal(48_000)).clip(-32_768, 32_767).astype("<i2").tobytes()
+    told, audio = [], {**RATE_16K["audio"], "output": {"languages": ["es", "de"]}}
+    for ahead in (False, True):
+        asked: list[bool] = []
+
+        def counted(sessions: Sequence[Session], asked: list[bool] = asked) -> bool:
+            asked.append(translate_ahead(sessions))
+            return asked[-1]
+
+        monkeypatch.setattr(server, "translate_ahead", counted)
+        service = running_service(tiny.recognizer(4), tiny.translator(), translate_ahead=ahead)
+        async with service as url, connect(url) as connection:
+            await send_event(connection, "session.update", session={"audio": audio, "latency": "low"})
+            for start in range(0, len(noise), 12_000):
+                before = len(asked)
+                await connection.send(noise[start : start + 12_000])
+                for _ in range(1_000):  # until there is nothing left to do
+                    if not ahead or (len(asked) > before and not asked[-1]):
+                        break
+                    await asyncio.sleep(0.01)
+            await send_event(connection, "session.close")
+            events = await events_until_closed(connection)
+        told.append([{k: v for k, v in event.items() if k != "backlog_ms"} for event in events[1:]])
+        assert any(asked) == ahead
+    assert told[0] == told[1] and len(told[0]) > 10
 
 
 async def test_a_translation_that_cannot_be_ends_the_session_with_a_sentence() -> None:
