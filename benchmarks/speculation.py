@@ -27,6 +27,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -133,6 +134,7 @@ def measure(
     batches: Sequence[int] = BATCHES,
     seeds: dict[str, Any] | None = None,
     heads: DraftHeads | None = None,
+    more: Mapping[str, Callable[[], Drafter]] | None = None,
 ) -> dict[str, Any]:
     """All figures; see the head of this file.
 
@@ -146,6 +148,7 @@ def measure(
         batches: Numbers of talks.
         seeds: N-grams of the training targets.
         heads: Of the translator's model.
+        more: Further drafters by name, each tried by itself, with drafts of a fixed length and of the controller's.
 
     Raises:
         DragomanError: ``unsupported_model`` if a policy decides for the model when to write.
@@ -156,7 +159,7 @@ def measure(
     translate(translator, talks_of(texts, 1, 20), lambda: None, target=target, latency=latency)  # what is made once
     for batch in batches:
         talks = talks_of(texts, batch, max(1, words // batch))
-        ways = _ways(used, cost, seeds or {}, heads, alone=batch == 1)
+        ways = _ways(used, cost, seeds or {}, heads, more or {}, alone=batch == 1)
         runs: dict[str, list[Run]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, build in ways.items():
@@ -193,11 +196,12 @@ def identity(
     batch: int = BATCHES[-1],
     seeds: dict[str, Any] | None = None,
     heads: DraftHeads | None = None,
+    more: Mapping[str, Callable[[], Drafter]] | None = None,
 ) -> dict[str, Any]:
     """Whether every way writes the same ids; see the head of this file. Arguments and errors are :func:`measure`'s."""
     _require_interleaved(translator)
     talks = talks_of(texts, batch, -(-words // batch))
-    ways = _ways({}, Cost(), seeds or {}, heads, alone=True)
+    ways = _ways({}, Cost(), seeds or {}, heads, more or {}, alone=True)
     ids = {
         name: translate(translator, talks, build, target=target, latency=latency).ids for name, build in ways.items()
     }
@@ -221,7 +225,13 @@ def _require_interleaved(translator: Translator) -> None:
 
 
 def _ways(
-    used: dict[str, Speculation], cost: Cost, seeds: dict[str, Seed], heads: DraftHeads | None, *, alone: bool
+    used: dict[str, Speculation],
+    cost: Cost,
+    seeds: dict[str, Seed],
+    heads: DraftHeads | None,
+    more: Mapping[str, Callable[[], Drafter]],
+    *,
+    alone: bool,
 ) -> dict[str, Build]:
     """The ways to translate; what was used last under each name is left in ``used``, if ``alone``."""
 
@@ -254,7 +264,15 @@ def _ways(
         ways["heads too"] = way("heads too", lambda: [NGrams(seeds), Heads(trained)], MAX_TOKENS, False)
     for name, drafters in each.items() if alone else ():
         ways[name] = way(name, drafters, MAX_TOKENS if "tree" in name else FIXED_TOKENS, True)
+    for name, drafter in more.items() if alone else ():
+        one = partial(_single, drafter)
+        ways[name] = way(name, one, FIXED_TOKENS, True)
+        ways[f"{name}, controlled"] = way(f"{name}, controlled", one, MAX_TOKENS, False)
     return ways
+
+
+def _single(drafter: Callable[[], Drafter]) -> Sequence[Drafter]:
+    return [drafter()]
 
 
 def report(found: dict[str, Any]) -> str:

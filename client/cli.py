@@ -619,7 +619,15 @@ def bench_speculation(
         seeds, heads, batches = load_seeds(folder), load_heads(folder, model.llm), batch or BATCHES
         if identity:
             same = compare(
-                model, texts, target=to, latency=latency, words=words, batch=max(batches), seeds=seeds, heads=heads
+                model,
+                texts,
+                target=to,
+                latency=latency,
+                words=words,
+                batch=max(batches),
+                seeds=seeds,
+                heads=heads,
+                more=more,
             )
             typer.echo(json.dumps(same))
             return
@@ -639,3 +647,12 @@ def bench_speculation(
 
 if __name__ == "__main__":
     app()
+    draft_model: Annotated[
+        Path | None,
+        typer.Option("--draft-model", metavar="DIR", help="A smaller model with the same tokenizer."),
+    ] = None,
+        from streaming.draft_model import load_draft_model
+        more = {}
+        if draft_model is not None:
+            more["draft model"] = partial(load_draft_model, draft_model, model, device=device, dtype=dtype)
+            more=more,

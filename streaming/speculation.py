@@ -5,7 +5,7 @@ It is shared by the sessions of the engine and is no part of their states: two e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,8 @@ class Speculation:
         learns: bool = True,
         cost: Cost | None = None,
     ) -> None:
-        self._drafters = [(drafter, isinstance(drafter, BatchDrafter)) for drafter in drafters]
+        self._drafters = tuple(drafters)
+        self._askers = [_asker(drafter) for drafter in drafters]
         self._max_tokens, self._fixed, self._learns = max_tokens, fixed, learns
         self.top_k = max((drafter.top_k for drafter in drafters), default=0) if learns else 0
         self.goodput = Goodput(cost)
@@ -95,10 +96,7 @@ class Speculation:
     def _asked(self, wishes: Sequence[Wish]) -> Iterator[list[Proposal]]:
         """For each wish what the drafters propose."""
         contexts, k = [wish.context for wish in wishes], self._length
-        by_drafter = [
-            drafter.propose_all(contexts, k) if batched else [drafter.propose(context, k) for context in contexts]
-            for drafter, batched in (self._drafters if k and contexts else ())
-        ]
+        by_drafter = [ask(contexts, k) for ask in self._askers] if k and contexts else []
         return iter([list(proposals) for proposals in zip(*by_drafter, strict=True)] or [[] for _ in wishes])
 
     def _candidates(self, wish: Wish, found: Sequence[Proposal], begin_write: int) -> list[Proposal]:
@@ -132,7 +130,7 @@ class Speculation:
             self.drafted[source] = self.drafted.get(source, 0) + 1
             self.accepted[source] = self.accepted.get(source, 0) + (i in path)
         if outcome is not None and self.learning:
-            for drafter, _ in self._drafters:
+            for drafter in self._drafters:
                 drafter.observe(outcome)
 
     def took(self, shape: Shape, seconds: float, asking_s: float) -> None:
@@ -148,6 +146,13 @@ class Speculation:
         if self._asked_rows:
             saved = self.goodput.saved - asking_s
             self.goodput.asking.learned(self._asked_rows, self._max_tokens, self._length, saved)
+
+
+def _asker(drafter: Drafter) -> Callable[[Sequence[Context], int], list[Proposal]]:
+    """How to ask a drafter for all rows."""
+    if isinstance(drafter, BatchDrafter):
+        return drafter.propose_all
+    return lambda contexts, k: [drafter.propose(context, k) for context in contexts]
 
 
 def speculation_for(translator: Translator, folder: Path, wanted: bool | None = None) -> Speculation | None:

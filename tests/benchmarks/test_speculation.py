@@ -102,9 +102,11 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert found["identical"] and {"tokens_per_forward", "wall_ratio"} < set(found)
     assert [one["talks"] for one in found["batches"]] == list(BATCHES)
-    result = CliRunner().invoke(app, [*arguments, "--identity", "--batch", "2"])
+    small = tiny.save_tiny_translator(tmp_path / "small", 1)
+    result = CliRunner().invoke(app, [*arguments, "--identity", "--batch", "2", "--draft-model", str(small)])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["identical"] is True
+    assert (same := json.loads(result.stdout))["identical"] is True
+    assert {"draft model", "draft model, controlled"} < set(same["ways"])
     assert len(TALK.read_text(encoding="utf-8").split()) > 1000
 
 
