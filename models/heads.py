@@ -138,24 +138,29 @@ class DraftHeads(nn.Module):
         return self.trust * own + block @ self.sure + self.depth[k]
 
     @torch.no_grad()
-    def guess(self, hidden: Tensor, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def guess(self, hidden: Tensor, token: Tensor, k: int, least: float = 0.0) -> tuple[Tensor, Tensor]:
         """The next tokens of some rows.
 
         Args:
             hidden: ``[N, d_model]``: what the model made of a place of each row.
             token: ``int64[N]``: the token that it chose there.
-            k: How many more to guess, at most as many as there are heads.
+            k: How many more to guess, 1 or more, of which no more than there are heads are.
+            least: Guessing ends where none of the rows' guesses is as probable as this to be reached and right.
 
         Returns:
-            Ids ``int64[N, k]`` and the probability of each to be right if those before it are, ``float32[N, k]``.
+            Ids ``int64[N, n]`` and the probability of each to be right if those before it are, ``float32[N, n]``, of
+            ``n <= k`` guesses.
         """
         state = hidden = hidden.float()
-        tokens, sure = [], []
+        tokens, sure, reached = [], [], torch.ones(len(token), device=token.device)
         for i in range(min(k, len(self))):
             state = self.state(i, hidden, state, token)
             token, log_probability = self.best(state)
             tokens.append(token)
             sure.append(self.acceptance(i, state, log_probability).sigmoid())
+            reached = reached * sure[i]
+            if least and i + 1 < min(k, len(self)) and float(reached.max()) < least:
+                break
         return torch.stack(tokens, 1), torch.stack(sure, 1)
 
 

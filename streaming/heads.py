@@ -28,6 +28,8 @@ from streaming.drafts import Context, Outcome, Proposal
 MAX_PLACES: Final = 2048
 #: A step is made after so many new places, and from so many of those that are remembered.
 EVERY: Final = 64
+#: A draft ends before a guess that is less probable than this to be reached and right: it would not pay.
+LEAST: Final = 0.1
 #: No guess is surer or less sure than that.
 _SURE = (1e-3, 0.999)
 
@@ -62,10 +64,15 @@ class Heads:
         if not known or not k:
             return proposals
         hidden = torch.stack([one for _, one, _ in known])
-        tokens, sure = self._heads.guess(hidden, torch.tensor([token for *_, token in known]).to(hidden.device), k)
+        last = torch.tensor([token for *_, token in known]).to(hidden.device)
+        tokens, sure = self._heads.guess(hidden, last, k, LEAST)
         for (i, *_), guesses, how_sure in zip(known, tokens.tolist(), sure.clamp(*_SURE).tolist(), strict=True):
-            end = contexts[i].end
-            n = guesses.index(end) if end in guesses else len(guesses)
+            n, reached = 0, 1.0
+            for token, probability in zip(guesses, how_sure, strict=True):
+                reached *= probability
+                if token == contexts[i].end or reached < LEAST:
+                    break
+                n += 1
             proposals[i] = Proposal.of(self.name, Draft.chain(guesses[:n]), how_sure[:n])
         return proposals
 

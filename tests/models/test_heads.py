@@ -64,6 +64,18 @@ def test_guesses_are_those_of_a_loop_over_rows_and_heads(shape: str, seed: int, 
             assert float(sure[row, i]) == pytest.approx(float(logit.sigmoid()), abs=2e-3)
 
 
+@few
+@given(seed=st.integers(0, 3), n=st.integers(1, 4), least=st.floats(0.0, 1.0))
+def test_guessing_ends_where_no_row_will_get(seed: int, n: int, least: float) -> None:
+    heads, llm = some_heads("plain", seed), frozen()
+    hidden, tokens = hidden_states(n, llm, seed), torch.arange(n)
+    whole, how_sure = heads.guess(hidden, tokens, 3)
+    some, sure = heads.guess(hidden, tokens, 3, least)
+    assert torch.equal(some, whole[:, : some.shape[1]]) and torch.equal(sure, how_sure[:, : some.shape[1]])
+    reached = how_sure.cumprod(1).amax(0)
+    assert some.shape[1] == next((i + 1 for i in range(2) if reached[i] < least), 3)
+
+
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_new_heads_say_what_the_model_says_and_how_sure_it_is(shape: str) -> None:
     llm = frozen(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from models.heads import DraftHeads
 from models.translator import Translator
 from streaming.drafts import Context, Drafter, Outcome, Proposal, spelled
-from streaming.heads import EVERY, MAX_PLACES, Heads
+from streaming.heads import EVERY, LEAST, MAX_PLACES, Heads
 from streaming.speculation import Speculation
 from streaming.translation import Interleaved
 from tests import tiny
@@ -83,6 +85,7 @@ def test_drafts_are_short_end_before_the_end_and_are_those_of_each_row_by_itself
         assert context.hidden is not None or not proposal.sure
         assert set(proposal.draft.tokens) <= {2, 9, 30, 31} and set(proposal.sources) <= {"heads"}
         assert all(0 < sure < 1 for sure in proposal.sure)
+        assert math.prod(proposal.sure) >= LEAST or not proposal.sure
         alone = drafter.propose(context, k)
         assert alone.draft == proposal.draft and alone.sure == pytest.approx(proposal.sure, abs=1e-4)
 
