@@ -306,6 +306,9 @@ def serve(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
+    ahead: Annotated[
+        bool, typer.Option("--translate-ahead", help="While idle, translate words that are not certain yet.")
+    ] = False,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Web origin whose pages may connect, such as https://example.org."),
@@ -326,6 +329,7 @@ def serve(
             host=host,
             port=port,
             max_sessions=max_sessions,
+            translate_ahead=ahead,
             origins=tuple(allow_origin or ()),
             token=token,
             tls_cert=tls_cert,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from streaming.drafts import (
     Context,
     Drafter,
     NGrams,
+    OldOutput,
     Outcome,
     Proposal,
     Recycling,
@@ -66,6 +68,30 @@ def test_a_proposal_is_short_ends_before_the_end_and_is_of_tokens_that_were_seen
     if which < 2:
         assert set(proposal.draft.tokens) <= set(text)
     assert not drafter.propose(at([]), k).draft.tokens
+
+
+@pytest.mark.parametrize(
+    ("former", "written", "drafted"),
+    [
+        ([4, 5, 6, 7], [], [4, 5, 6, 7]),  # from its beginning
+        ([4, 5, 6, 7], [4, 5], [6, 7]),  # as far as it says the same
+        ([4, 5, 6, 7], [4, 9, 5], [6, 7]),  # one was put in
+        ([4, 5, 6, 7], [4, 6], [7]),  # one was left out
+        ([4, 5, 4, 6, 7], [9, 4, 5], [4, 6, 7]),  # the longest of what they have in common
+        ([4, 5, 8, 8, 8, 4, 6], [9, 9, 9, 9, 9, 4], [6]),  # the one that comes next
+        ([4, 5, 6, 7], [4, 5, 9], [7]),  # nothing known: it may end alike
+        ([4, 5], [4, 5], []),  # no more
+        ([], [4], []),
+    ],
+)
+def test_an_old_output_goes_on_where_the_new_one_has_got(
+    former: list[int], written: list[int], drafted: list[int]
+) -> None:
+    for past in ([], [4, 5, 6, END]):
+        context = replace(at([*past, *written]), former=spelled(former))
+        proposal = OldOutput().propose(context, 9)
+        assert proposal.draft == Draft.chain(drafted) and len(proposal.sure) == len(drafted)
+        assert OldOutput().propose(context, 1).draft == Draft.chain(drafted[:1])
 
 
 @few

@@ -41,7 +41,7 @@ moments = st.integers(0, 1 << 32).map(random.Random)
 def speculating(session: Session | TextSession) -> None:
     """Lets a session draft with what it has dropped."""
     interpretation = session._interpretation
-    assert interpretation is not None
+    assert interpretation is not None and isinstance(interpretation.interpreter, Interleaved)
     drafting = Interleaved(interpretation.interpreter.translator, Speculation([OldOutput(), NGrams()], max_tokens=9))
     object.__setattr__(interpretation, "interpreter", drafting)
 
