@@ -592,6 +592,10 @@ def bench_speculation(
     translator: TranslatorOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    draft_model: Annotated[
+        Path | None,
+        typer.Option("--draft-model", metavar="DIR", help="A smaller model with the same tokenizer."),
+    ] = None,
     words: Annotated[int, typer.Option(min=1, help="Words to read, in all talks together.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, which take turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads to compute with.")] = 1,
@@ -612,6 +616,7 @@ def bench_speculation(
         from client.evaluate import TextSet, read_all_sets
         from models.heads import load_heads
         from models.translator import EMBEDDED_TRANSLATOR
+        from streaming.draft_model import load_draft_model
         from streaming.drafts import load_seeds
 
         torch.set_num_threads(threads)
@@ -621,6 +626,9 @@ def bench_speculation(
             texts = [one.text for s in sets for one in (s.sentences if isinstance(s, TextSet) else s.utterances)]
         model, folder = _load_translator(translator, device, dtype, [to], latency), translator or EMBEDDED_TRANSLATOR
         seeds, heads, batches = load_seeds(folder), load_heads(folder, model.llm), batch or BATCHES
+        more = {}
+        if draft_model is not None:
+            more["draft model"] = partial(load_draft_model, draft_model, model, device=device, dtype=dtype)
         if identity:
             same = compare(
                 model,
@@ -645,18 +653,10 @@ def bench_speculation(
             batches=batches,
             seeds=seeds,
             heads=heads,
+            more=more,
         )
         typer.echo(json.dumps(found) if as_json else report(found))
 
 
 if __name__ == "__main__":
     app()
-    draft_model: Annotated[
-        Path | None,
-        typer.Option("--draft-model", metavar="DIR", help="A smaller model with the same tokenizer."),
-    ] = None,
-        from streaming.draft_model import load_draft_model
-        more = {}
-        if draft_model is not None:
-            more["draft model"] = partial(load_draft_model, draft_model, model, device=device, dtype=dtype)
-            more=more,
