@@ -77,6 +77,21 @@ def test_speech_gives_identical_events_whenever_the_machine_is_idle(
     assert wire(events) == wire(alone(pcm, opened(languages, latency, kind=kind)))
 
 
+def test_a_flush_tells_the_same_after_translating_ahead() -> None:
+    """What is ahead of the words that it tells is taken over, and the stream goes on from there."""
+    pcm, told_ = audio(64_000, 7), []
+    for ahead in (False, True):
+        session, events = opened(("es", "de"), "low", 0, SHORT), list[Event]()
+        for start in range(0, len(pcm), 8_000):
+            events += session.push(pcm[start : start + 8_000])
+            while ahead and translate_ahead([session]):
+                pass
+            if start % 24_000 == 0:
+                events += session.flush()
+        told_.append(wire(events + session.finish()))
+    assert told_[0] == told_[1] and len(told_[0]) > 20
+
+
 @few
 @given(
     lines=st.lists(st.lists(TEXT, max_size=3), min_size=1, max_size=3),
