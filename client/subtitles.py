@@ -46,9 +46,9 @@ class CueMaker:
             if self._words and (self._complete or not self._fits(word)):
                 cues.append(self._close(word.start_ms))
             self._words.append(word)
-        self._complete |= delta.endpoint
+        self._complete |= delta.endpoint and bool(self._words)  # one pause after another ends nothing
         # A long enough cue does not depend on when the next one begins.
-        if self._complete and self._words and self._words[-1].end_ms - self._start_ms >= MIN_CUE_MS:
+        if self._complete and self._words[-1].end_ms - self._start_ms >= MIN_CUE_MS:
             cues.append(self._close(None))
         return cues
 

@@ -76,25 +76,13 @@ function stop(stream) {
 
 /** A live source, recorded at the rate of the machine. */
 export class LiveSource {
-  /** Prepare to record `stream`; `begin` starts. */
-  static async open(stream) {
-    const context = new AudioContext();
-    try {
-      await context.audioWorklet.addModule(new URL("capture.js", import.meta.url));
-      await context.resume();
-      return new LiveSource(stream, context);
-    } catch (error) {
-      stop(stream);
-      await context.close();
-      throw new AudioError(`This browser cannot record: ${error.message}`);
-    }
-  }
-
-  constructor(stream, context) {
+  constructor(stream) {
     this.stream = stream;
-    this.context = context;
-    this.rateHz = context.sampleRate;
+    this.context = new AudioContext();
+    this.rateHz = this.context.sampleRate;
     this.durationMs = null;
+    this.node = null;
+    this.isOver = false;
   }
 
   /**
@@ -102,22 +90,39 @@ export class LiveSource {
    *
    * `onBlock(pcm, peak)` takes what was heard; the promise settles after the last block.
    */
-  run(onBlock) {
+  async run(onBlock) {
+    try {
+      await this.context.audioWorklet.addModule(new URL("capture.js", import.meta.url));
+      await this.context.resume();
+    } catch (error) {
+      throw new AudioError(`This browser cannot record: ${error.message}`);
+    }
+    if (this.isOver) return;
+    await this.record(onBlock);
+    this.close();
+  }
+
+  record(onBlock) {
     const sound = new MediaStream(this.stream.getAudioTracks());
-    const node = new AudioWorkletNode(this.context, "capture", {
+    this.node = new AudioWorkletNode(this.context, "capture", {
       channelCount: 1,
       channelCountMode: "explicit",
       channelInterpretation: "speakers",
     });
-    this.context.createMediaStreamSource(sound).connect(node).connect(this.context.destination); // silent: it writes nothing
-    this.finish = () => node.port.postMessage("finish");
-    for (const track of sound.getAudioTracks()) track.onended = this.finish;
+    const source = this.context.createMediaStreamSource(sound);
+    source.connect(this.node).connect(this.context.destination); // silent: it writes nothing
+    for (const track of sound.getAudioTracks()) track.onended = () => this.finish();
     return new Promise((resolve) => {
-      node.port.onmessage = ({ data }) => {
+      this.node.port.onmessage = ({ data }) => {
         onBlock(data.pcm, data.peak);
         if (data.isLast) resolve();
       };
-    }).finally(() => this.close());
+    });
+  }
+
+  finish() {
+    this.isOver = true;
+    this.node?.port.postMessage("finish");
   }
 
   /** Let the device go. */

@@ -146,7 +146,7 @@ async function openSource() {
     recordingName = file.name.replace(/\.[^.]*$/, "");
     return FileSource.open(file, $("paced").checked);
   }
-  const source = await LiveSource.open(await (kind === "tab" ? openTab() : openMicrophone($("device").value)));
+  const source = new LiveSource(await (kind === "tab" ? openTab() : openMicrophone($("device").value)));
   fillDevices();
   return source;
 }
@@ -179,7 +179,7 @@ function finish() {
   }
   running.isFinishing = true;
   setState("finishing", "Finishing");
-  running.source?.finish?.();
+  running.source?.finish();
   showRunning();
 }
 

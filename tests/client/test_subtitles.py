@@ -35,6 +35,15 @@ def test_an_endpoint_without_words_ends_the_cue_before_it() -> None:
     assert cues(*deltas) == [Cue(0, 1200, ("one",)), Cue(1300, 2500, ("two",))]
 
 
+def test_endpoints_one_after_another_end_nothing_that_is_to_come() -> None:
+    deltas = (
+        delta(("one", 0, 1200), endpoint=True),
+        delta(endpoint=True),
+        delta(("two", 1300, 1800), ("three", 1900, 2600)),
+    )
+    assert cues(*deltas) == [Cue(0, 1200, ("one",)), Cue(1300, 2600, ("two three",))]
+
+
 def test_a_pause_ends_a_cue() -> None:
     words = delta(("one", 0, 1200), ("two", 2700, 3700), ("three", 5201, 6300))
     assert cues(words) == [Cue(0, 3700, ("one two",)), Cue(5201, 6300, ("three",))]
