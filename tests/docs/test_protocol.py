@@ -1,0 +1,133 @@
+"""The page that describes the wire protocol says what the service does."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any, Final, cast
+
+import pytest
+
+import server
+from models.recognizer import Recognizer
+from models.translator import LATENCIES, Translator
+from streaming.audio import AudioFormat
+from streaming.events import (
+    ErrorEvent,
+    SessionClosed,
+    SessionCreated,
+    SessionUpdated,
+    TranscriptDelta,
+    TranslationDelta,
+    parse_event,
+)
+from streaming.session import SessionConfig
+from tests.fakes import FakeRecognizer, FakeTranslator
+
+ROOT: Final = Path(__file__).parents[2]
+TEXT: Final = (ROOT / "docs" / "protocol.md").read_text("utf-8")
+CLIENT, SERVICE = TEXT.split("\n## What a client sends\n")[1].split("\n## What the service sends\n")
+
+
+def examples(text: str, fence: str = "json") -> list[str]:
+    return re.findall(rf"^```{fence}\n(.*?)^```$", text, re.M | re.S)
+
+
+@pytest.mark.parametrize("example", examples(CLIENT))
+def test_what_a_client_may_send(example: str) -> None:
+    server.parse_message(example)
+
+
+def test_every_event_of_a_client_has_an_example() -> None:
+    shown = {json.loads(example)["type"] for example in examples(CLIENT)}
+    assert shown == {"session.update", "session.input_audio_buffer.append", *(c.value for c in server.Command)}
+    (later,) = examples(CLIENT, "json later")
+    assert server.parse_message(later, declared=True) == server.LookaheadChange(160)
+    full = json.loads(examples(CLIENT)[0])
+    assert set(full["session"]) == set(described()) - {"model", "translator"}
+    assert full["session"]["audio"]["input"]["format"].keys() == described()["audio"]["input"]["format"].keys()
+
+
+@pytest.mark.parametrize("example", examples(SERVICE.split("\n## Errors\n")[0]))
+def test_what_the_service_sends(example: str) -> None:
+    event = parse_event(example)
+    assert event.to_dict() == json.loads(example)
+    assert list(event.to_dict()) == list(json.loads(example))
+    if isinstance(event, SessionCreated | SessionUpdated):
+        named = {"id"} if isinstance(event, SessionCreated) else set()
+        assert set(event.session) == set(described()) | named
+        assert event.session["translator"].keys() == described()["translator"].keys()
+        assert event.session["translator"]["latencies"] == list(LATENCIES)
+
+
+def test_every_event_of_the_service_has_an_example() -> None:
+    known = (SessionCreated, SessionUpdated, TranscriptDelta, TranslationDelta, SessionClosed, ErrorEvent)
+    shown = {json.loads(example)["type"] for example in examples(SERVICE.split("\n## Errors\n")[0])}
+    assert shown == {kind.TYPE for kind in known}
+
+
+def described() -> dict[str, Any]:
+    config = SessionConfig(AudioFormat(sample_rate_hz=24_000))
+    return server.describe(config, cast(Recognizer, FakeRecognizer()), cast(Translator, FakeTranslator()))
+
+
+def test_the_defaults() -> None:
+    created = json.loads(examples(SERVICE)[0])["session"]
+    for name in ("model", "translator", "id"):
+        del created[name]
+    assert created == {key: value for key, value in described().items() if key not in ("model", "translator")}
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `?([^`|]*?)`? \|", CLIENT, re.M))
+    fmt = created["audio"]["input"]["format"]
+    assert [rows[f"audio.input.format.{key}"] for key in fmt] == [str(value) for value in fmt.values()]
+    assert (rows["latency"], rows["decoder"]) == (created["latency"], created["decoder"])
+    assert int(rows["endpoint_silence_ms"]) == created["endpoint_silence_ms"]
+
+
+def test_every_code_of_an_error_is_listed_with_what_to_do() -> None:
+    listed = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", SERVICE.split("\n## Errors\n")[1], re.M)
+    assert len(listed) == len(set(listed))
+    files = ["server.py", *(f"streaming/{name}.py" for name in ("audio", "glossary", "interpreter", "session"))]
+    used = {code for name in files for code in codes((ROOT / name).read_text("utf-8"))}
+    # A client can send nothing to a session that has ended.
+    assert set(listed) == used - {"session_closed"}
+
+
+def codes(source: str) -> set[str]:
+    """What looks like a code in the text of a program: the first argument of an error, or alone in a choice."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and node.args:
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            wanted = [node.args[0]] if name in ("DragomanError", "fail", "end_all") else []
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("code", "failure"):
+            value = node.value
+            wanted = [value.body, value.orelse] if isinstance(value, ast.IfExp) else getattr(value, "elts", [])[:1]
+        else:
+            wanted = []
+        found |= {w.value for w in wanted if isinstance(w, ast.Constant) and isinstance(w.value, str)}
+    return found
+
+
+def test_limits_and_close_codes() -> None:
+    assert server._MAX_MESSAGE_BYTES == 2**20
+    limits = SERVICE.split("\n## Limits\n")[1]
+    defaults = server.Settings()
+    for number in (
+        f"`--max-sessions`, {defaults.max_sessions} ",
+        f" {server._MAX_WAITING_S} s, or {server._MAX_WAITING_MESSAGES:,} messages ",
+        f" {server._MAX_WAITING_EVENTS} ",
+        f" {server._SEND_TIMEOUT_S:g} s ",
+        f" {defaults.idle_timeout_s:g} s ",
+    ):
+        assert f"|{number}|" in limits or f"| {number.strip()} |" in limits
+    listed = set(map(int, re.findall(r"^\| (1\d{3}) \|", SERVICE, re.M)))
+    source = (ROOT / "server.py").read_text("utf-8")
+    used = {server.CloseCode[name].value for name in re.findall(r"CloseCode\.([A-Z_]+)", source)}
+    assert listed == used | {1009}
+    (health,) = examples(SERVICE.split("\n## Health\n")[1])
+    assert json.loads(health).keys() == {"status", "sessions", "max_sessions"}
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    headings = {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in re.findall(r"^#+ (.+)$", TEXT, re.M)}
+    assert set(re.findall(r"\(#([\w-]+)\)", TEXT)) <= headings
