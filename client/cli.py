@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -394,6 +394,101 @@ def live(
                 lookahead=lookahead,
             )
         )
+
+
+@app.command()
+def mic(
+    list_devices: Annotated[bool, typer.Option("--list-devices", help="Print the input devices and end.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER|NAME", help="Input device; a part of its name will do. Left out: the system's."),
+    ] = None,
+    output_format: FormatOption = OutputFormat.TXT,
+    save: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Write NAME.wav, NAME.srt and, for --to es, NAME.es.srt as you speak."),
+    ] = None,
+    to: ToOption = None,
+    latency: LatencyOption = "medium",
+    glossary: GlossaryOption = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="A service to use. Left out: the models run in this program.")
+    ] = None,
+    token: TokenOption = None,
+    translator: TranslatorOption = None,
+    speculation: SpeculationOption = None,
+    model: ModelOption = None,
+    model_device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model runs.")] = "cpu",
+    dtype: DtypeOption = "float32",
+    decoder: DecoderOption = "rnnt",
+    max_lookahead_ms: LookaheadOption = None,
+    lookahead: PolicyOption = None,
+) -> None:
+    """Transcribe what a microphone hears, and with --to translate it, while you speak.
+
+    On a terminal the words stand above their translations; elsewhere they are written as they come.
+    Ctrl-C ends the audio; the last words still come.
+    """
+    problems: list[str] = []
+    with one_sentence():
+        from client.mic import listen, save_as
+        from client.microphone import Microphone, choose_device, input_devices
+        from client.view import make_view
+
+        devices = input_devices()
+        chosen = choose_device(devices, device)
+        if list_devices:
+            typer.echo("\n".join(map(str, devices)))
+            return
+        languages, terms, microphone = _languages(to), _glossary(glossary), Microphone(chosen)
+        view = make_view(output_format, languages)
+        with save_as(save, microphone.format, languages) if save else nullcontext() as recording:
+            service: AbstractAsyncContextManager[tuple[str, str | None]] = nullcontext((url or "", token))
+            if url is None:
+                complain("loading the models")
+                service = _own_service(model, translator, speculation, model_device, dtype, languages, latency)
+            complain(f"listening to {chosen.name}, until Ctrl-C")
+            asyncio.run(
+                listen(
+                    microphone,
+                    view,
+                    recording,
+                    service,
+                    languages=languages,
+                    latency=latency,
+                    glossary=terms,
+                    decoder=decoder,
+                    max_lookahead_ms=max_lookahead_ms,
+                    lookahead=lookahead,
+                )
+            )
+        problems = [*microphone.problems(), *(recording.problems() if recording else [])]
+    for problem in problems:
+        complain(problem)
+    if problems:
+        raise typer.Exit(2)
+
+
+def _own_service(
+    model: Path | None,
+    translator: Path | None,
+    speculation: bool | None,
+    device: str,
+    dtype: str,
+    languages: Sequence[str],
+    latency: str,
+) -> AbstractAsyncContextManager[tuple[str, str | None]]:
+    """A service within this program, with its models loaded."""
+    import torch
+
+    from client.mic import own_service
+    from models.checkpoint import load_recognizer
+
+    # One core is left to what may not come too late: the audio.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+    interpreter = _load_translator(translator, device, dtype, languages, latency) if languages else None
+    drafts = _load_speculation(interpreter, translator, speculation)
+    return own_service(load_recognizer(model, device=device, dtype=dtype), interpreter, drafts)
 
 
 @app.command("eval")

@@ -214,7 +214,7 @@ def test_help_is_quick_and_names_units() -> None:
     )
     assert time.monotonic() - started_s < 10
     assert helped.returncode == 0
-    for command in ("transcribe", "translate", "serve", "live", "eval", "models"):
+    for command in ("transcribe", "translate", "serve", "live", "mic", "eval", "models"):
         assert command in helped.stdout
     for heavy in ("torch", "numpy", "av", "websockets", "jiwer", "matplotlib"):
         assert f"| {heavy}\n" not in helped.stderr, f"{heavy} is imported for --help"
