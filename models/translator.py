@@ -37,6 +37,7 @@ LATENCIES: Final[tuple[Latency, ...]] = ("low", "low-medium", "medium", "medium-
 #: Policies for a model that was not trained on interleaved text.
 FALLBACKS: Final[tuple[Policy, ...]] = ("wait-k", "local-agreement")
 OWN_PROMPT: Final = "<s><|{source}|><|{target}|><|{latency}|>"
+OWN_ENDPOINT: Final = "</s>"
 EAST_PROMPT: Final = (
     "You are a professional simultaneous interpreter, your task is to translate the following {source_name} text into"
     " {target_name} with {latency} latency."
@@ -74,6 +75,7 @@ class TranslationConfig:
         latencies: Levels that the model was trained on, of :data:`LATENCIES`.
         read_threshold: Probability of ``<|end-of-read|>`` from which on the model writes, 0 to 1.
         max_context_tokens: Tokens of a row after which its oldest chunks are forgotten.
+        endpoint: Symbol that the model reads at the end of a segment, behind its last word; None if it reads none.
         casing: ``any``, or ``lower`` if the model should be given lower-case words.
     """
 
@@ -84,6 +86,7 @@ class TranslationConfig:
     latencies: tuple[Latency, ...] = LATENCIES
     read_threshold: float = 0.5
     max_context_tokens: int = 512
+    endpoint: str | None = None
     casing: str = "any"
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class TranslationConfig:
             raise _unsupported(f"translation's read_threshold is {self.read_threshold!r}; it is a probability, 0 to 1")
         if not isinstance(self.max_context_tokens, int):
             raise _unsupported(f"translation's max_context_tokens is {self.max_context_tokens!r}; it is a number")
+        if self.endpoint is not None and not isinstance(self.endpoint, str):
+            raise _unsupported(f"translation's endpoint is {self.endpoint!r}; it is a symbol of the tokenizer, or null")
         _check_prompt(self.prompt)
         if self.casing not in ("any", "lower"):
             raise _unsupported(f"translation's casing is {self.casing!r}; it is 'any' or 'lower'")
@@ -160,6 +165,7 @@ class Translator:
     Attributes:
         end_of_read: Id of ``<|end-of-read|>``; -1 in a fallback.
         end_of_write: Id of ``<|end-of-write|>``; in a fallback, -1.
+        endpoint: Ids that are read at the end of a segment, one or none.
         unwritable: ``bool[vocab_size]`` on the model's device: controls but ``<|end-of-write|>``, and ids without text.
         unable_to_begin: ``bool[vocab_size]``: what may not stand first in a chunk either, because it begins no word.
     """
@@ -175,8 +181,10 @@ class Translator:
                 "bad_checkpoint", f"the tokenizer has {tokenizer.size} pieces, the model of {self.name!r} {vocab_size}"
             )
         self.end_of_read, self.end_of_write = -1, -1
+        self.endpoint: tuple[int, ...] = ()
         if config.kind == "interleaved":
             self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
+            self.endpoint = () if config.endpoint is None else (self._symbol(config.endpoint),)
         elif _chat(tokenizer) is None:
             raise _unsupported(
                 f'model {self.name!r} has no "translation" in its config.json and no chat template, so that nothing'

@@ -72,10 +72,12 @@ class Portion(NamedTuple):
     Attributes:
         words: Perhaps none.
         closes: Whether a segment ends with them.
+        emitted_ms: When this was told, if there is audio.
     """
 
     words: tuple[TimedWord, ...] = ()
     closes: bool = False
+    emitted_ms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ class Interpretation:
     def fed(self, portion: Portion) -> tuple[list[TranslationDelta], Interpretation]:
         """The interpretation with more words at its end, and what has been translated of them ahead."""
         words = [word.word for word in portion.words]
-        fed = replace(self, words=(*self.words, *portion.words), ahead=None)
+        timed = (*self.words, *portion.words)
+        if timed and portion.emitted_ms is not None:  # what is written upon the end of a segment is written then
+            timed = (*timed[:-1], timed[-1]._replace(emitted_ms=portion.emitted_ms))
+        fed = replace(self, words=timed, ahead=None)
         if self.ahead is None:
             return [], replace(fed, state=self.interpreter.feed(self.state, words, closes=portion.closes))
         assert isinstance(self.interpreter, Interleaved)
@@ -266,17 +271,20 @@ class Teller:
             self._tell(event)
             if isinstance(event, TranscriptDelta):
                 words = tuple(TimedWord(w.word, w.start_ms, w.end_ms, event.emitted_ms) for w in event.words)
-                self._untold = (*self._portions(words, closes=event.endpoint), *self._untold)
+                told = Portion(words, event.endpoint, event.emitted_ms)
+                self._untold = (*self._portions(told), *self._untold)
 
-    def _portions(self, words: tuple[TimedWord, ...], *, closes: bool) -> list[Portion]:
-        """Words that are told at once, one by one if there are several languages.
+    def _portions(self, told: Portion) -> list[Portion]:
+        """What is told at once, its words one by one if there are several languages.
 
         Which of these is told first must not depend on how many words came at once.
         """
-        if self._interpretation is None or not self._interpretation.several:
-            return [Portion(words, closes)] if words else []
-        last = len(words) - 1
-        return [Portion((word,), closes and i == last) for i, word in enumerate(words)]
+        if not told.words and not told.closes:
+            return []
+        if len(told.words) < 2 or self._interpretation is None or not self._interpretation.several:
+            return [told]
+        *before, last = told.words
+        return [*(Portion((word,)) for word in before), told._replace(words=(last,))]
 
     def _feed(self, portion: Portion) -> None:
         if self._interpretation is not None:

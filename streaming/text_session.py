@@ -69,7 +69,7 @@ class TextSession(Teller):
         """Takes words and computes nothing; ``closes`` if a segment ends with them."""
         if self._closed:
             raise DragomanError("session_closed", "words came after the end of the session; open a new one")
-        for portion in self._portions(tuple(map(TimedWord, text.split())), closes=False):
+        for portion in self._portions(Portion(tuple(map(TimedWord, text.split())))):
             self._emit(portion)
         if closes:
             self._emit(Portion(closes=True))

@@ -12,8 +12,9 @@ reading word by word, and no row's depends on the others. With :class:`streaming
 also takes a draft of what a row writes next, or of what it will write after its words; where the model's choices go
 along with the draft, the row has advanced by several tokens at once, and all else of the draft is forgotten.
 
-- *A write is forced* after a word that closes a segment, and after so many tokens without a write as a quarter of the
-  context. At the latency ``offline`` no other write happens.
+- *A write is forced* after a word that closes a segment, or after the endpoint, a symbol that a model may read behind
+  it, and after so many tokens without a write as a quarter of the context. At the latency ``offline`` no other write
+  happens.
 - *A write ends*, though the model would go on, at a cap of :func:`write_cap` tokens, and when the last tokens repeat
   (:func:`looping`), of which one repetition is kept.
 - *Context is bounded*: when a row's tokens exceed the model's ``max_context_tokens``, its oldest chunks leave the cache
@@ -94,11 +95,13 @@ class SourceWord:
         ids: Its tokens, perhaps none.
         key: The word as the glossary sees it.
         closes: Whether it closes a segment.
+        is_endpoint: Whether it is no word, but what stands at a segment's end for a model that reads that.
     """
 
     ids: tuple[int, ...]
     key: str
     closes: bool = False
+    is_endpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class Row:
         recent: What the last of them read and wrote, at most :data:`STUCK_CHUNKS`.
         write: The open write; None while the row reads.
         begun: Whether it has shown anything.
+        closed: Whether a segment ends with the last word.
         past: Target side of the finished chunks, for drafts (:mod:`streaming.drafts`).
         history: All tokens of the finished chunks that are still in the context, for drafts.
         former: Tokens of a translation of what is not finished yet that was dropped, for drafts.
@@ -166,6 +170,7 @@ class Row:
     recent: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     write: OpenWrite | None = None
     begun: bool = False
+    closed: bool = True
     past: str = ""
     history: str = ""
     former: str = field(default="", compare=False)
@@ -352,7 +357,7 @@ class Interleaved:
             words: Complete source words, without white space.
             closes: Whether a segment ends with them, or without any, with what was read before; a write follows.
         """
-        new = source_words(self.translator, words, closes=closes)
+        new = source_words(self.translator, words, closes=False)
         return replace(state, rows=tuple(self._fed(row, new, closes=closes) for row in state.rows))
 
     def ready(self, state: TranslationState) -> bool:
@@ -370,12 +375,12 @@ class Interleaved:
         Raises:
             DragomanError: ``already_translated`` if one of them has been written upon, and shown.
         """
-        free = min(len(row.read) + len(row.queue) for row in state.rows)
+        free = min(map(_open_words, state.rows))
         if dropped > free:
             raise DragomanError(
                 "already_translated",
-                f"the last {dropped} words cannot be revised: only the last {free} have not been translated yet, and"
-                " what is shown is never taken back",
+                f"the last {dropped} words cannot be revised: only the last {free} of an open segment have not been"
+                " translated yet, and what is shown is never taken back",
             )
         rows, lengths = [], []
         for row, length in zip(state.rows, state.cache.lengths.tolist(), strict=True):
@@ -556,8 +561,13 @@ class Interleaved:
     # ---------------------------------------------------------------------------------------------------- reading
 
     def _fed(self, row: Row, new: tuple[SourceWord, ...], *, closes: bool) -> Row:
-        if new or not closes:
-            return replace(row, queue=row.queue + new)
+        if new:
+            row = replace(row, queue=row.queue + new, closed=False)
+        if not closes or row.closed:
+            return row
+        row, endpoint = replace(row, closed=True), self.translator.endpoint
+        if endpoint:
+            return replace(row, queue=(*row.queue, SourceWord(endpoint, "", closes=True, is_endpoint=True)))
         if row.queue:
             return replace(row, queue=(*row.queue[:-1], replace(row.queue[-1], closes=True)))
         if row.write is not None:
@@ -576,13 +586,14 @@ class Interleaved:
             writes = next(answers) >= threshold if must is None else must
             if writes or i + 1 == len(plan.words):
                 read = row.read + row.queue[: i + 1]
-                row = replace(row, read=read, queue=row.queue[i + 1 :], words=row.words + i + 1, pending=())
+                count = row.words + _count(row.queue[: i + 1])
+                row = replace(row, read=read, queue=row.queue[i + 1 :], words=count, pending=())
                 return (self._writing(row) if writes else row), tokens
         raise AssertionError("a row that reads has a word to read")
 
     def _writing(self, row: Row) -> Row:
         """The row at the beginning of a write."""
-        keys = row.before + tuple(word.key for word in row.read)
+        keys = row.before + _word_keys(row.read)
         due = tuple(map(DueTerm, occurring(row.terms, keys, len(row.before))))
         write = OpenWrite(row.read[-1].closes, write_cap(row.unread_tokens), due=due)
         return replace(row, write=write, pending=(*row.pending, self.translator.end_of_read))
@@ -637,15 +648,16 @@ class Interleaved:
     def _shown(self, row: Row, write: OpenWrite, ids: tuple[int, ...]) -> tuple[Row, TranslatedChunk]:
         text = decode(self.translator.tokenizer, ids)
         delta = text if row.begun else text.lstrip(" ")
-        first_word = row.words - len(row.read)
-        chunk = TranslatedChunk(0, row.direction.target, delta, ids, first_word, row.words - 1, write.closes)
+        last_word = row.words - 1
+        first_word = min(row.words - _count(row.read), last_word)  # upon an endpoint alone it is the word before that
+        chunk = TranslatedChunk(0, row.direction.target, delta, ids, first_word, last_word, write.closes)
         source = tuple(token for word in row.read for token in word.ids)
         said = spelled(ids)
         row = replace(
             row,
             read=(),
             recent=(*row.recent, (source, ids))[-STUCK_CHUNKS:],
-            before=(row.before + tuple(word.key for word in row.read))[-(MAX_TERM_WORDS - 1) :],
+            before=(row.before + _word_keys(row.read))[-(MAX_TERM_WORDS - 1) :],
             pairs=(*row.pairs, row.unread_tokens + len(ids) + 2),
             write=None,
             begun=row.begun or bool(delta),
@@ -738,6 +750,20 @@ def source_words(translator: Translator, words: Sequence[str], *, closes: bool) 
     return tuple(
         SourceWord(translator.encode_word(word), word_key(word), closes and i == last) for i, word in enumerate(words)
     )
+
+
+def _count(words: Sequence[SourceWord]) -> int:
+    return sum(not word.is_endpoint for word in words)
+
+
+def _word_keys(words: Sequence[SourceWord]) -> tuple[str, ...]:
+    return tuple(word.key for word in words if not word.is_endpoint)
+
+
+def _open_words(row: Row) -> int:
+    """How many words may still be revised: those that are not written upon, since the last endpoint."""
+    waiting = (row.read + row.queue)[::-1]
+    return next((i for i, word in enumerate(waiting) if word.is_endpoint), len(waiting))
 
 
 def write_cap(source_tokens: int) -> int:

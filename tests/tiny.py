@@ -14,7 +14,15 @@ from models.llm import Llm
 from models.llm_config import LlmConfig
 from models.recognizer import Recognizer, RecognizerNet
 from models.tokenizer import SentencePieceTokenizer
-from models.translator import END_OF_READ, END_OF_WRITE, LATENCIES, TranslationConfig, Translator, save_translator
+from models.translator import (
+    END_OF_READ,
+    END_OF_WRITE,
+    LATENCIES,
+    OWN_ENDPOINT,
+    TranslationConfig,
+    Translator,
+    save_translator,
+)
 
 PIECES = 64
 
@@ -101,15 +109,15 @@ def translation_llm(seed: int = 0) -> Llm:
 
 
 @cache
-def translator(seed: int = 0, *, max_context_tokens: int = 512) -> Translator:
+def translator(seed: int = 0, *, max_context_tokens: int = 512, endpoint: str | None = OWN_ENDPOINT) -> Translator:
     """A frozen tiny model that interprets, with its tokenizer."""
-    config = TranslationConfig(max_context_tokens=max_context_tokens)
+    config = TranslationConfig(max_context_tokens=max_context_tokens, endpoint=endpoint)
     tokenizer = SentencePieceTokenizer(translation_tokenizer())
     return Translator(translation_llm(seed).freeze(), tokenizer, config, name="tiny")
 
 
 def save_tiny_translator(folder: Path, seed: int = 0) -> Path:
     """The folder of what :func:`translator` gives."""
-    llm = translation_llm(seed)
-    save_translator(folder, llm.config, llm.state_dict(), translation_tokenizer(), TranslationConfig())
+    llm, config = translation_llm(seed), TranslationConfig(endpoint=OWN_ENDPOINT)
+    save_translator(folder, llm.config, llm.state_dict(), translation_tokenizer(), config)
     return folder

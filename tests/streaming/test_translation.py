@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.tokenizer import decode, encode_words
-from models.translator import Translator
+from models.translator import OWN_ENDPOINT, Translator
 from streaming import translation
 from streaming.errors import DragomanError
 from streaming.translation import Interleaved, TranslatedChunk, TranslationState, looping, write_cap
@@ -97,12 +97,12 @@ def naive(t: Translator, spoken: Spoken, *, target: str, latency: str) -> list[T
     """Word by word and token by token, with whole sequences; no glossary."""
     direction = t.direction(target, latency)
     sequence, chunks = NaiveSequence(t, direction.prompt), list[TranslatedChunk]()
-    slots, source, first_word, begun = list[int](), 0, 0, False
-    for i, (word, closes) in enumerate(spoken):
-        ids = t.encode_word(word)
+    slots, source, first_word, begun = list[int](), list[int](), 0, False
+    for i, ids, closes in read_out(t, spoken):
         slots += [sequence.append(token) for token in ids]
-        source += len(ids)
-        must = source > 0 and (closes or source >= (t.config.max_context_tokens - len(direction.prompt)) // 4)
+        source += ids
+        full = len(source) >= (t.config.max_context_tokens - len(direction.prompt)) // 4
+        must = bool(source) and (closes or full)
         if not must:
             if not ids or latency == "offline":
                 continue
@@ -125,17 +125,25 @@ def naive(t: Translator, spoken: Spoken, *, target: str, latency: str) -> list[T
                     sequence.next_position -= 1
                 del written[-cut:]
                 break
-            if len(written) >= write_cap(source):
+            if len(written) >= write_cap(len(source)):
                 rest = [token, t.end_of_write]
                 break
             slots.append(sequence.append(token))
         text = decode(t.tokenizer, written)
         text = text if begun else text.lstrip(" ")
-        chunks.append(TranslatedChunk(0, target, text, tuple(written), first_word, i, closes))
+        chunks.append(TranslatedChunk(0, target, text, tuple(written), min(first_word, i), i, closes))
         begun = begun or bool(text)
-        sequence.end_chunk(slots, rest, [i for w, _ in spoken[first_word : i + 1] for i in t.encode_word(w)], written)
-        slots, source, first_word = [], 0, i + 1
+        sequence.end_chunk(slots, rest, source, written)
+        slots, source, first_word = [], [], i + 1
     return chunks
+
+
+def read_out(t: Translator, spoken: Spoken) -> Iterator[tuple[int, list[int], bool]]:
+    """What is read in each step: the number of its word, its ids, and whether a write must follow."""
+    for i, (word, closes) in enumerate(spoken):
+        yield i, list(t.encode_word(word)), closes and not t.endpoint
+        if closes and t.endpoint:
+            yield i, list(t.endpoint), True
 
 
 def run(
@@ -173,10 +181,13 @@ def opened(
     cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     context=st.sampled_from([48, 96, 512]),
     latency=st.sampled_from(["low", "high", "offline"]),
+    endpoint=st.sampled_from([None, OWN_ENDPOINT]),
 )
-def test_cached_equals_uncached(seed: int, spoken: Spoken, cuts: list[int], context: int, latency: str) -> None:
+def test_cached_equals_uncached(
+    seed: int, spoken: Spoken, cuts: list[int], context: int, latency: str, endpoint: str | None
+) -> None:
     """Whatever came at once, ids, texts and spans are those of a loop that reads whole sequences from the start."""
-    t = tiny.translator(seed, max_context_tokens=context)
+    t = tiny.translator(seed, max_context_tokens=context, endpoint=endpoint)
     interpreter, state = opened(t, latency=latency)
     chunks, start, i = list[TranslatedChunk](), 0, 0
     while start < len(spoken):
@@ -287,8 +298,25 @@ def test_an_end_without_words_writes_upon_what_was_read_and_only_once() -> None:
     assert not interpreter.ready(interpreter.feed(state, [], closes=True))
 
 
-def test_an_end_reaches_the_last_queued_word_and_the_open_write() -> None:
+@pytest.mark.parametrize("latency", ["low", "offline"])
+def test_an_endpoint_is_read_once_behind_the_last_word_however_late_it_comes(latency: str) -> None:
     t = tiny.translator(0)
+    interpreter, state = opened(t, latency=latency)
+    assert not interpreter.ready(interpreter.feed(state, [], closes=True)), "no segment is open"
+    together, end = run(interpreter, interpreter.feed(state, ["the", "speaker"], closes=True))
+    own, state = run(interpreter, interpreter.feed(opened(t, latency=latency)[1], ["the", "speaker"]))
+    late, state = run(interpreter, interpreter.feed(state, [], closes=True))
+    assert own + late == together and [chunk.endpoint for chunk in together] == [False] * len(own) + [True]
+    assert together[-1].last_word == 1 and (together[-1].first_word == 1 if own else together[-1].first_word == 0)
+    assert state.rows[0].history == end.rows[0].history and state.rows[0].history.count(chr(t.endpoint[0])) == 1
+    assert not interpreter.ready(interpreter.feed(state, [], closes=True)), "it is closed already"
+    with pytest.raises(DragomanError, match="only the last 0 of an open segment"):
+        interpreter.revise(interpreter.feed(state, ["is"], closes=True), 1, [])
+
+
+def test_an_end_reaches_the_last_queued_word_and_the_open_write() -> None:
+    """Of a model that reads no endpoints."""
+    t = tiny.translator(0, endpoint=None)
     interpreter, state = opened(t, latency="offline")
     state = interpreter.feed(interpreter.feed(state, ["the", "speaker"]), [], closes=True)
     assert [word.closes for word in state.rows[0].queue] == [False, True]

@@ -2,7 +2,8 @@
 
     python -m training.translation.chunks --aligned corpus/aligned.tsv
 
-A pair may be cut where no link crosses the cut: what is said before it translates what was heard before it. The cuts
+A pair may be cut where no link crosses the cut: what is said before it translates what was heard before it. There is
+no cut behind a word that belongs to the next one, such as an article, whose form the next one decides. The cuts
 that a pair allows make its smallest chunk pairs; a latency level joins neighbours until the source side of each has
 that level's number of words. How much of the sentence is still to come does not matter, since who hears it cannot know.
 Unlinked words go to the later chunk, where more has been heard; a target word without letters, such as a French
@@ -24,9 +25,9 @@ import typer
 from training.translation.align import Links, read_aligned, word_stem
 
 #: Source words of a chunk, at least; the last one of a sentence may have fewer.
-LEVEL_WORDS = {"low": 2, "low-medium": 3, "medium": 5, "medium-high": 6, "high": 8}
+LEVEL_WORDS = {"low": 2, "low-medium": 3, "medium": 4, "medium-high": 5, "high": 7}
 #: The same for languages with fewer places to cut, so that a level's lag is about that of the other languages.
-_LEVEL_WORDS_IN = {"de": {"low": 2, "low-medium": 3, "medium": 4, "medium-high": 5, "high": 7}}
+_LEVEL_WORDS_IN = {"de": {"low": 1, "low-medium": 2, "medium": 3, "medium-high": 4, "high": 6}}
 OFFLINE = "offline"
 #: A pair that allows no cut, though it has this many times its level's words, teaches to wait for everything.
 UNCUT_RATIO = 2.0
@@ -38,6 +39,15 @@ class ChunkPair:
 
     source_end: int
     target_end: int
+
+
+#: English words that belong to what follows them.
+_LEANS_ON_NEXT = frozenset(
+    "a an the this that these those my your his her its our their some any no every each another both all many much"
+    " few several more most very too so as than to of in on at by for from with without into onto about around over"
+    " under above below between among through during before after since until within against toward towards and or"
+    " but nor if because while whether when where who whom whose which what why how not mr mrs ms dr mister".split()
+)
 
 
 def smallest_chunks(source: list[str], target: list[str], links: Links) -> list[ChunkPair]:
@@ -60,6 +70,8 @@ def smallest_chunks(source: list[str], target: list[str], links: Links) -> list[
     cuts, reached, last = [], -1, 0
     for i in range(n - 1):
         reached = max([reached, *linked_to[i]])
+        if source[i].lower() in _LEANS_ON_NEXT:
+            continue
         end = reached + 1
         while end < m and end < first_after[i + 1] and not word_stem(target[end]):
             end += 1

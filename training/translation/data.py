@@ -10,12 +10,14 @@ Half of them have their sources as the recogniser writes (lower case, no punctua
 some with its errors: words put for similar ones, left out and put in, or what it really made of the sentence. The other
 half, and all targets, are as written. Each of several passes over the pairs draws joins, levels and errors anew. A pair
 that its level cannot cut goes, but for a share, into an offline sequence of that pass, lest the model learn to wait for
-everything. Sentences of a sequence follow each other with a pause between them, at which a write is forced, or without.
+everything. Sentences of a sequence follow each other with a pause between them, or without. At a pause the model reads
+a symbol, the endpoint, and a write is forced. The symbol may come late, when the last words have been translated: then
+the marks that end the sentence are written upon the symbol alone.
 
 What a position has to learn is the *kind* of the id that follows it:
 
 =============  =====================================================================================================
-``PROMPT``     nothing; also ``<|end-of-read|>`` where it is forced without a sign in the words
+``PROMPT``     nothing: what the model is given, an endpoint and the ``<|end-of-read|>`` behind it among it
 ``SOURCE``     the next piece of the source, with a small weight: inside a word, and for a chunk's first word
 ``READ_ON``    that the reader goes on (not ``<|end-of-read|>``) in full, and which word comes with the small weight
 ``WRITE``      the next id of the target, ``<|end-of-read|>`` and ``<|end-of-write|>``, in full
@@ -33,7 +35,7 @@ import itertools
 import json
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -46,10 +48,18 @@ from torch import Tensor
 
 from client.normalize import normalize_transcript
 from models.tokenizer import SentencePieceTokenizer, Tokenizer
-from models.translator import END_OF_READ, END_OF_WRITE, TranslationConfig, prompt_ids
+from models.translator import END_OF_READ, END_OF_WRITE, OWN_ENDPOINT, TranslationConfig, prompt_ids
 from streaming.errors import DragomanError
-from training.translation.align import Links, read_aligned
-from training.translation.chunks import LEVEL_WORDS, OFFLINE, ChunkPair, chunk_pairs, is_uncut, smallest_chunks
+from training.translation.align import Links, read_aligned, word_stem
+from training.translation.chunks import (
+    LEVEL_WORDS,
+    OFFLINE,
+    ChunkPair,
+    chunk_pairs,
+    is_uncut,
+    level_words,
+    smallest_chunks,
+)
 from training.translation.corpus import Pair
 
 PROMPT, SOURCE, READ_ON, WRITE = range(4)
@@ -73,6 +83,7 @@ class Mix:
         joined: Probability that a further sentence follows in a sequence.
         continuous_share: Of the sequences of several sentences those without a pause between them, which are cut as if
             they were one.
+        late_share: Of the last chunks that are long enough for their level, those whose endpoint comes late.
         max_ids: Sequences are not joined beyond so many ids, and longer pairs are left out.
     """
 
@@ -85,6 +96,7 @@ class Mix:
     uncut_share: float = 0.3
     joined: float = 0.5
     continuous_share: float = 0.5
+    late_share: float = 0.5
     max_ids: int = 240
     seed: int = 1
 
@@ -268,7 +280,7 @@ class Encoder:
 
     Args:
         tokenizer: With the symbols of the format.
-        config: Says what a sequence begins with.
+        config: Says what a sequence begins with, and which symbol is the endpoint; None for those of our own family.
 
     Raises:
         DragomanError: ``bad_tokenizer`` if a symbol is missing.
@@ -276,8 +288,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, config: TranslationConfig | None = None) -> None:
         self.word: Callable[[str], tuple[int, ...]] = functools.cache(tokenizer.encode_word)
-        self._tokenizer, self._config = tokenizer, config or TranslationConfig()
+        self._tokenizer, self._config = tokenizer, config or TranslationConfig(endpoint=OWN_ENDPOINT)
         self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
+        self.endpoint = () if self._config.endpoint is None else (self._symbol(self._config.endpoint),)
         self.unwritable = tokenizer.controls - {self.end_of_write}
 
     def _symbol(self, symbol: str) -> int:
@@ -295,23 +308,47 @@ class Encoder:
         sequence.add(prompt, PROMPT)
         return sequence
 
-    def add_chunks(self, sequence: Interleaved, chunks: Chunks, *, told: Set[int] = frozenset()) -> None:
-        """Appends chunk pairs.
+    def add_segment(self, sequence: Interleaved, chunks: Chunks, *, late: bool = False) -> None:
+        """Appends the chunk pairs of a segment, which ends with a pause.
 
         Args:
             sequence: Grows.
             chunks: At least one word on both sides of each.
-            told: Indices of those after whose source the model is told to write, and has not to learn when.
+            late: Whether the endpoint comes after the last words have been translated, if they can do without it.
         """
-        for i, (source, target) in enumerate(zip(chunks.source, chunks.target, strict=True)):
-            for k, word in enumerate(source):
-                first, *rest = self.word(word)
-                sequence.add([first], READ_ON if k else SOURCE)
-                sequence.add(rest, SOURCE)
-            sequence.add([self.end_of_read], PROMPT if i in told else WRITE)
-            for word in target:
-                sequence.add(self.word(word), WRITE)
-            sequence.add([self.end_of_write], WRITE)
+        for source, target in zip(chunks.source[:-1], chunks.target[:-1], strict=True):
+            self._add(sequence, source, self._ids(target))
+        parts = self._before_marks(chunks.target[-1]) if late and self.endpoint else None
+        if parts is None:
+            self._add(sequence, chunks.source[-1], self._ids(chunks.target[-1]), ends=True)
+        else:
+            self._add(sequence, chunks.source[-1], parts[0])
+            self._add(sequence, [], parts[1], ends=True)
+
+    def _ids(self, words: Iterable[str]) -> tuple[int, ...]:
+        return tuple(token for word in words for token in self.word(word))
+
+    def _add(self, sequence: Interleaved, source: list[str], target: Sequence[int], *, ends: bool = False) -> None:
+        """Appends one chunk pair; the write after an endpoint is forced, and not learnt."""
+        for k, word in enumerate(source):
+            first, *rest = self.word(word)
+            sequence.add([first], READ_ON if k else SOURCE)
+            sequence.add(rest, SOURCE)
+        sequence.add(self.endpoint if ends else (), PROMPT)
+        sequence.add([self.end_of_read], PROMPT if ends else WRITE)
+        sequence.add([*target, self.end_of_write], WRITE)
+
+    def _before_marks(self, words: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Ids of the words, and of the marks behind them; None if they cannot be told apart."""
+        said = next((n for n in range(len(words), 0, -1) if word_stem(words[n - 1])), 0)
+        if not said:
+            return None
+        last = words[said - 1]
+        stem = last.rstrip("".join(c for c in last if not c.isalnum()))
+        ids, bare = self.word(last), self.word(stem)
+        if ids[: len(bare)] != bare:
+            return None
+        return self._ids(words[: said - 1]) + bare, ids[len(bare) :] + self._ids(words[said:])
 
 
 class Writer:
@@ -363,13 +400,12 @@ class Writer:
         if len(sentences) > 1 and rng.random() < (0.5 if latency == OFFLINE else mix.continuous_share):
             sentences = [Sentence.joined(sentences)]
         erroneous = rng.random() < mix.error_share
-        sequence = self._encoder.begin(sentences[0].language, latency)
+        language = sentences[0].language
+        sequence = self._encoder.begin(language, latency)
         for sentence in sentences:
-            heard = spoken and sentence.spoken is not None
             chunks = self._chunks(sentence, latency, spoken, erroneous, rng)
-            last = len(chunks.source) - 1
-            # Where a speaker pauses, a spoken sentence is over without a sign in its words, and a write is forced.
-            self._encoder.add_chunks(sequence, chunks, told={last} if heard or latency == OFFLINE else set())
+            late = latency != OFFLINE and len(chunks.source[-1]) >= level_words(latency, language)
+            self._encoder.add_segment(sequence, chunks, late=late and rng.random() < mix.late_share)
         if len(sequence.ids) <= mix.max_ids:
             yield sequence
 

@@ -23,7 +23,7 @@ from client.progress import counted
 from client.report import draw_curve, require_curve, translation_table
 from models.llm_config import LlmConfig
 from models.tokenizer import SentencePieceTokenizer
-from models.translator import TranslationConfig, Translator, load_translator, save_translator
+from models.translator import OWN_ENDPOINT, TranslationConfig, Translator, load_translator, save_translator
 from streaming.errors import DragomanError
 from training.translation.chunks import OFFLINE
 
@@ -119,7 +119,9 @@ def run_export(
     require_curve(out.parent / CURVE)
     torch.set_num_threads(threads)
     sets = read_texts(manifest, limit)
-    translation = TranslationConfig(read_threshold=read_threshold, max_context_tokens=max_context_tokens)
+    translation = TranslationConfig(
+        read_threshold=read_threshold, max_context_tokens=max_context_tokens, endpoint=OWN_ENDPOINT
+    )
     export(run, tokenizer, out, notes.read_text(encoding="utf-8"), translation)
     translator = load_translator(out)
     scores = [score for job in counted(scoring_jobs(translator, sets, batch_size)) for score, _ in job()]

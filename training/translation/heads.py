@@ -131,6 +131,7 @@ def own_output(translator: Translator, some: Sequence[Talk]) -> list[list[tuple[
             for word, _ in talk.words[start : chunk.last_word + 1]:
                 sequence += [(token, False) for token in translator.encode_word(word)]
             start = chunk.last_word + 1
+            sequence += [(token, False) for token in translator.endpoint if chunk.endpoint]
             sequence += [(t, True) for t in (translator.end_of_read, *chunk.ids, translator.end_of_write)]
         sequences.append(sequence)
     return sequences

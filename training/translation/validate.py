@@ -42,6 +42,7 @@ class Reader:
         delays: Source words that had been read when each was written.
         writing: Whether the row is in the middle of a chunk.
         left: Ids that the chunk may still have.
+        ended: Whether the endpoint has been read.
         done: Whether the whole source has been translated.
     """
 
@@ -51,6 +52,7 @@ class Reader:
     delays: list[int] = field(default_factory=list)
     writing: bool = False
     left: int = 0
+    ended: bool = False
     done: bool = False
 
 
@@ -98,14 +100,16 @@ def translate(
 
 
 def _read(row: Reader, ids: list[int], encoder: Encoder, *, offline: bool) -> None:
-    """Appends the next word, or all of them; at the end of the source a write follows."""
-    if row.read == len(row.words):
+    """Appends the next word, or all of them; behind the last one, the endpoint, upon which a write follows."""
+    if row.ended:
         row.done = True
         return
-    start, row.read = row.read, len(row.words) if offline else row.read + 1
+    start, row.read = row.read, len(row.words) if offline else min(row.read + 1, len(row.words))
     for word in row.words[start : row.read]:
         ids += word
-    if offline:
+    if offline or start == len(row.words):
+        row.ended = True
+        ids += encoder.endpoint
         _begin_write(row, ids, encoder)
 
 
@@ -120,7 +124,7 @@ def _advance(row: Reader, write: bool, token: int, encoder: Encoder, *, offline:
     if row.done:
         return ids
     if not row.writing:
-        if write or row.read == len(row.words):
+        if write:
             _begin_write(row, ids, encoder)
         else:
             _read(row, ids, encoder, offline=offline)

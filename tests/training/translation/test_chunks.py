@@ -60,6 +60,12 @@ def test_word_order_that_differs_is_not_cut() -> None:
     assert smallest_chunks(source, target, links) == [ChunkPair(1, 1), ChunkPair(2, 2), ChunkPair(7, 7)]
 
 
+def test_no_cut_is_behind_a_word_that_belongs_to_the_next() -> None:
+    source, target = "we go to the market now".split(), "vamos a el mercado ahora ya".split()
+    links = [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+    assert smallest_chunks(source, target, links) == [ChunkPair(2, 1), ChunkPair(5, 4), ChunkPair(6, 6)]
+
+
 def test_unlinked_words_go_to_the_later_chunk_and_marks_stay() -> None:
     source, target = "well you know him do you not".split(), "bueno , lo conoces ¿ no ?".split()
     links = [(0, 0), (2, 3), (6, 5)]
@@ -86,8 +92,8 @@ def test_levels_join_chunks_to_their_number_of_words(
 
 
 def test_uncut_is_what_its_level_would_have_cut() -> None:
-    assert is_uncut([ChunkPair(10, 5)], "medium", "es")
-    assert not is_uncut([ChunkPair(9, 5)], "medium", "es")
-    assert is_uncut([ChunkPair(9, 5)], "medium", "de")
-    assert not is_uncut([ChunkPair(4, 2), ChunkPair(10, 5)], "medium", "es")
+    assert is_uncut([ChunkPair(8, 5)], "medium", "es")
+    assert not is_uncut([ChunkPair(7, 5)], "medium", "es")
+    assert is_uncut([ChunkPair(7, 5)], "medium", "de")
+    assert not is_uncut([ChunkPair(4, 2), ChunkPair(8, 5)], "medium", "es")
     assert not is_uncut([ChunkPair(30, 5)], OFFLINE, "es")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.tokenizer import SentencePieceTokenizer, decode
-from models.translator import END_OF_READ, END_OF_WRITE, TranslationConfig
+from models.translator import END_OF_READ, END_OF_WRITE, OWN_ENDPOINT, TranslationConfig
 from streaming.errors import DragomanError
 from tests import tiny
 from training.translation import data
@@ -44,9 +44,9 @@ PAIR = Pair("es", "The speaker, Mr. Green, is still talking.", "El hablante, se�
 LINKS = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (6, 5)]
 
 
-def sequence(chunks: Chunks, latency: str = "medium", *, told: frozenset[int] = frozenset()) -> Interleaved:
+def sequence(chunks: Chunks, latency: str = "medium", *, late: bool = False) -> Interleaved:
     made = ENCODER.begin("es", latency)
-    ENCODER.add_chunks(made, chunks, told=told)
+    ENCODER.add_segment(made, chunks, late=late)
     return made
 
 
@@ -55,9 +55,10 @@ def test_a_sequence_is_the_one_that_inference_builds() -> None:
     made = sequence(chunks)
     translator = tiny.translator()
     ids = list(translator.direction("es", "medium").prompt)
-    for source, target in zip(chunks.source, chunks.target, strict=True):
+    for i, (source, target) in enumerate(zip(chunks.source, chunks.target, strict=True)):
         for word in source:
             ids += translator.encode_word(word)
+        ids += translator.endpoint if i else ()
         ids.append(translator.end_of_read)
         for word in target:
             ids += translator.encode_word(word)
@@ -67,16 +68,37 @@ def test_a_sequence_is_the_one_that_inference_builds() -> None:
 
 
 def test_kinds_say_what_each_position_learns() -> None:
-    made = sequence(Chunks([["talking", "speaker"]], [["hablante"]]))
+    made = sequence(Chunks([["talking", "speaker"], ["and"]], [["hablante"], ["y"]]))
     ends = TOKENIZER.id_of(END_OF_READ), TOKENIZER.id_of(END_OF_WRITE)
-    first, second = (ENCODER.word(word) for word in ("talking", "speaker"))
+    first, second, third = (ENCODER.word(word) for word in ("talking", "speaker", "and"))
     wanted = [PROMPT] * len(ENCODER.begin("es", "medium").ids)
     wanted += [SOURCE] * len(first) + [READ_ON] + [SOURCE] * (len(second) - 1)
     wanted += [WRITE] * (2 + len(ENCODER.word("hablante")))
-    assert made.kinds == wanted
     assert made.ids.index(ends[0]) == len(wanted) - 2 - len(ENCODER.word("hablante"))
-    told = sequence(Chunks([["talking"], ["speaker"]], [["hablante"], ["y"]]), told=frozenset({1}))
-    assert [kind for token, kind in zip(told.ids, told.kinds, strict=True) if token == ends[0]] == [WRITE, PROMPT]
+    wanted += [SOURCE] * len(third) + [PROMPT, PROMPT] + [WRITE] * (1 + len(ENCODER.word("y")))
+    assert made.kinds == wanted
+    assert made.ids[len(wanted) - len(ENCODER.word("y")) - 3] == TOKENIZER.id_of(OWN_ENDPOINT)
+
+
+def test_a_late_endpoint_brings_the_marks_that_end_a_sentence() -> None:
+    ends = [TOKENIZER.id_of(symbol) for symbol in (END_OF_READ, END_OF_WRITE, OWN_ENDPOINT)]
+    read, write, endpoint = ends
+    source = [["talking"]]
+    late = sequence(Chunks(source, [["hablando", "hablante", "!"]]), late=True)
+    begin = len(ENCODER.begin("es", "medium").ids) + len(ENCODER.word("talking"))
+    words, mark = [*ENCODER.word("hablando"), *ENCODER.word("hablante")], ENCODER.word("!")
+    assert late.ids[begin:] == [read, *words, write, endpoint, read, *mark, write]
+    assert late.kinds[begin:] == [WRITE] * (len(words) + 2) + [PROMPT, PROMPT] + [WRITE] * (len(mark) + 1)
+    # What was written when the endpoint comes late is what is written at once, but for where it is written.
+    for last in ("hablante.", "hablante", "y/o?", "«y»"):
+        target = ["hablando", last]
+        early, late = sequence(Chunks(source, [target])), sequence(Chunks(source, [target]), late=True)
+        texts = [
+            [t for t, kind in zip(x.ids, x.kinds, strict=True) if kind == WRITE and t not in ends]
+            for x in (early, late)
+        ]
+        assert texts[0] == texts[1]
+    assert sequence(Chunks(source, [["!"]]), late=True) == sequence(Chunks(source, [["!"]]))
 
 
 def test_levels_keep_the_words_in_both_forms() -> None:
@@ -160,31 +182,27 @@ def test_a_pass_holds_each_sentence_once() -> None:
     assert again == made
 
 
-def test_a_spoken_sentence_ends_without_a_sign_unless_the_next_one_follows_at_once() -> None:
-    """Whether to write is learnt wherever a cut is, but not from the pause that ends a spoken sentence."""
+def test_whether_to_write_is_learnt_wherever_a_cut_is_but_not_at_a_pause() -> None:
     read = TOKENIZER.id_of(END_OF_READ)
-    pairs = [Pair("es", "the speaker is still talking and the speaker", f"a b c d e f g {k}") for k in range(4)]
+    pairs = [Pair("es", "people saw red houses near big green trees", f"a b c d e f g {k}") for k in range(4)]
     given_sentences = [Sentence.of(pair, [(i, i) for i in range(8)]) for pair in pairs]
 
-    def kinds(written_share: float, continuous_share: float) -> list[list[int]]:
+    def kinds(continuous_share: float, late_share: float) -> list[list[int]]:
         mix = Mix(
-            written_share=written_share,
             continuous_share=continuous_share,
+            late_share=late_share,
             error_share=0.0,
             joined=1.0,
             offline_share=0.0,
+            max_ids=2000,
         )
         writer = Writer(ENCODER, mix, RecogniserErrors({}), {})
-        made = [writer._paragraph(deque(given_sentences), "low", deque(), random.Random(0))]
-        return [
-            [kind for token, kind in zip(one.ids, one.kinds, strict=True) if token == read]
-            for some in made
-            for one in some
-        ]
+        made = list(writer._paragraph(deque(given_sentences), "low", deque(), random.Random(0)))
+        return [[kind for token, kind in zip(x.ids, x.kinds, strict=True) if token == read] for x in made]
 
     assert kinds(0.0, 0.0) == [[WRITE, WRITE, WRITE, PROMPT] * 4]
-    assert kinds(0.0, 1.0) == [[WRITE] * 15 + [PROMPT]]
-    assert kinds(1.0, 0.0) == [[WRITE] * 16]
+    assert kinds(1.0, 0.0) == [[WRITE] * 15 + [PROMPT]]
+    assert kinds(0.0, 1.0) == [[WRITE, WRITE, WRITE, WRITE, PROMPT] * 4]
 
 
 def test_joined_sentences_may_be_cut_between_them() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from client.evaluate import read_all_sets
 from client.evaluate_translation import score_text
-from models.translator import TranslationConfig, load_translator
+from models.translator import OWN_ENDPOINT, TranslationConfig, load_translator
 from streaming.errors import DragomanError
 from tests import tiny
 from tests.training.translation.test_train import CONFIG, RECIPE, TOKENIZER, Trainer, corpus
@@ -52,7 +52,7 @@ def test_the_folder_is_the_average_and_the_card_what_is_measured(run: Path, caps
         threads=1,
     )  # fmt: skip
     translator = load_translator(out)
-    assert translator.config == TranslationConfig(read_threshold=0.25, max_context_tokens=90)
+    assert translator.config == TranslationConfig(read_threshold=0.25, max_context_tokens=90, endpoint=OWN_ENDPOINT)
     average = torch.load(run / "last.pt", weights_only=True)["average"]
     for name, tensor in load_translator(out, dtype="bfloat16").llm.state_dict().items():
         if tensor.numel():  # a frozen model has given up its matrices

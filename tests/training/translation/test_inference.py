@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.kv_cache import KvCache
 from models.tokenizer import SentencePieceTokenizer, encode_words
-from models.translator import TranslationConfig, Translator
+from models.translator import OWN_ENDPOINT, TranslationConfig, Translator
 from streaming.translation import Interleaved, looping, write_cap
 from tests import tiny
 from training.translation.chunks import OFFLINE
@@ -111,10 +111,10 @@ def test_a_gold_schedule_gives_the_sequence_of_training(
                 chunks.target.append([*target, f"{n}"])  # a row whose chunks all say the same would begin anew
         chunks = within_bounds(chunks.joined() if latency == OFFLINE else chunks)
         made = ENCODER.begin("es de fr".split()[k], latency)
-        ENCODER.add_chunks(made, chunks)
+        ENCODER.add_segment(made, chunks)
         gold.append(made.ids)
     oracle: Any = Oracle(gold)
-    translator = Translator(oracle, TOKENIZER, TranslationConfig())
+    translator = Translator(oracle, TOKENIZER, TranslationConfig(endpoint=OWN_ENDPOINT))
     directions = [translator.direction("es de fr".split()[k], latency) for k in range(len(schedules))]
 
     interpreter = Interleaved(translator)

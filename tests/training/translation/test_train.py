@@ -114,10 +114,10 @@ def naive(net: Llm, task: Task, latency: str) -> tuple[list[int], list[int]]:
 
     ids, written, delays = list(ENCODER.begin(task.language, latency).ids), list[int](), list[int]()
     words, read, said = [ENCODER.word(word) for word in task.source], 0, 0
-    for word in words:
+    for word in [*words, ENCODER.endpoint]:
         ids += word
-        read += 1
         last = read == len(words)
+        read += not last
         decided = latency != OFFLINE and scores(ids).softmax(0)[ENCODER.end_of_read] >= 0.5
         if not decided and not last:
             continue
