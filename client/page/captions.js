@@ -27,7 +27,9 @@ export class Pane {
     this.saves = FORMS.map(([form, kind]) => this.saveButton(form, `Save ${title} as ${kind}`, onSave));
     this.element.querySelector(".saves").append(...this.saves);
     this.latest.addEventListener("click", () => this.follow());
-    this.log.addEventListener("scroll", () => (this.latest.hidden = this.isAtEnd));
+    this.isFollowing = true; // until the person scrolls back
+    this.log.addEventListener("scroll", () => this.scrolled());
+    new ResizeObserver(() => this.isFollowing && this.follow()).observe(this.log);
     this.announce.addEventListener("click", () => this.setAnnounced(this.log.ariaLive === "off"));
     this.setAnnounced(false);
   }
@@ -67,12 +69,11 @@ export class Pane {
   }
 
   show(text) {
-    const isFollowing = this.isAtEnd;
     if (!this.paragraph || this.paragraph.textContent.length > LONG_PARAGRAPH_CHARACTERS) this.beginParagraph();
     const piece = document.createElement("span"); // a node of its own, so that a screen reader speaks it alone
     piece.textContent = this.paragraph.hasChildNodes() ? text : text.trimStart();
     this.paragraph.append(piece);
-    if (isFollowing) this.follow();
+    if (this.isFollowing) this.follow();
   }
 
   beginParagraph() {
@@ -88,14 +89,15 @@ export class Pane {
     this.paragraph = null;
   }
 
-  get isAtEnd() {
-    return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
+  scrolled() {
+    this.isFollowing = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
+    this.latest.hidden = this.isFollowing;
   }
 
-  /** Scroll to the newest words. */
+  /** Show the newest words, and those that come. */
   follow() {
     this.log.scrollTop = this.log.scrollHeight;
-    this.latest.hidden = true;
+    this.isFollowing = this.latest.hidden = true;
   }
 }
 

@@ -226,6 +226,7 @@ function showRunning() {
   $("start").textContent = running ? (isFinishing ? "Do not wait" : "Stop") : offer ? "Start" : "Connect";
   document.body.classList.toggle("running", Boolean(running));
   for (const id of ["sources", "translations"]) $(id).disabled = Boolean(running);
+  $("sources").hidden = $("level-row").hidden = !offer;
   $("clear").disabled = Boolean(running) || panes.size === 0;
   $("stage-on").disabled = panes.size === 0;
   if (!running) {
@@ -344,14 +345,12 @@ async function leaveStage() {
   if (document.fullscreenElement) await document.exitFullscreen();
   await wakeLock?.release();
   wakeLock = null;
-  for (const pane of panes.values()) pane.follow();
   $("stage-on").focus();
 }
 
 function setStageSize(size) {
   stageSize = Math.max(0, Math.min(STAGE_SIZES.length - 1, size));
   document.body.style.setProperty("--stage-size", `${STAGE_SIZES[stageSize]}vw`);
-  for (const pane of panes.values()) pane.follow();
 }
 
 // --- beginning -------------------------------------------------------------------------------------------------
@@ -372,7 +371,6 @@ $("stage-shown").addEventListener("change", showStageChoice);
 document.addEventListener("keydown", (event) => event.key === "Escape" && leaveStage());
 document.addEventListener("visibilitychange", stayAwake); // which the browser ends when the page is hidden
 document.addEventListener("fullscreenchange", () => document.fullscreenElement || leaveStage());
-window.addEventListener("resize", () => panes.forEach((pane) => pane.follow()));
 window.addEventListener("beforeunload", (event) => running && event.preventDefault());
 navigator.mediaDevices?.addEventListener("devicechange", fillDevices);
 showSource();

@@ -22,7 +22,11 @@ export function connect(token) {
   const socket = new WebSocket(url, token ? [SUBPROTOCOL, tokenSubprotocol(token)] : [SUBPROTOCOL]);
   socket.binaryType = "arraybuffer";
   return new Promise((resolve, reject) => {
-    socket.onmessage = ({ data }) => resolve(new Session(socket, JSON.parse(data).session));
+    socket.onmessage = ({ data }) => {
+      const event = JSON.parse(data);
+      if (event.type === "error") reject(new ServiceError(event.error.code, sentence(event.error.message)));
+      else resolve(new Session(socket, event.session));
+    };
     socket.onclose = async ({ code }) => {
       reject(code === 1013 ? new ServiceError("full", FULL) : await whyRefused(token));
     };

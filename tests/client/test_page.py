@@ -267,6 +267,30 @@ async def test_the_keyboard_is_enough(tmp_path: Path) -> None:
         assert await captions(page, "de") == told_paragraphs(page, "de")
 
 
+@needs_chromium
+async def test_who_scrolls_back_is_left_there_until_the_newest_words_are_asked_for(tmp_path: Path) -> None:
+    long = write_recording(tmp_path / "long.wav", LEVELS * 12)
+    end = "(log.scrollHeight - log.scrollTop - log.clientHeight < 2)"
+
+    async with running_service(translator=FakeTranslator()) as url, open_page(tmp_path) as page:
+        await load(page, url)
+        await caption_file(page, long, ["es"])
+        await page.evaluate("globalThis.log = document.querySelector('.pane[data-language=es] .log')")
+        await page.until(end)
+        await page.evaluate("log.scrollTop = 0")
+        await page.until("!log.parentElement.querySelector('.latest').hidden")
+        await caption_file(page, long)
+        assert await page.evaluate("log.scrollTop") == 0
+        await page.click(".pane[data-language=es] .latest")
+        await page.until(f"{end} && log.parentElement.querySelector('.latest').hidden")
+        await page.click("#stage-on")
+        for shown in ("*", "", "es"):
+            choose = f"choice.value = {json.dumps(shown)}, choice.dispatchEvent(new Event('change'))"
+            await page.evaluate(f"((choice) => ({choose}))(document.getElementById('stage-shown'))")
+            if shown != "":
+                await page.until(f"log.checkVisibility() && log.scrollTop > 0 && {end}")
+
+
 # Every text of the page with its contrast to what is behind it, by the formula of WCAG 2.
 CONTRASTS: Final = """(() => {
     const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
