@@ -74,6 +74,7 @@ class TranslationConfig:
         targets: Languages that are written.
         latencies: Levels that the model was trained on, of :data:`LATENCIES`.
         read_threshold: Probability of ``<|end-of-read|>`` from which on the model writes, 0 to 1.
+        read_thresholds: The same for a language and a latency, where it is another one: ``{language: {latency: …}}``.
         max_context_tokens: Tokens of a row after which its oldest chunks are forgotten.
         endpoint: Symbol that the model reads at the end of a segment, behind its last word; None if it reads none.
         casing: ``any``, or ``lower`` if the model should be given lower-case words.
@@ -85,6 +86,7 @@ class TranslationConfig:
     targets: tuple[str, ...] = ("es", "de", "fr")
     latencies: tuple[Latency, ...] = LATENCIES
     read_threshold: float = 0.5
+    read_thresholds: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     max_context_tokens: int = 512
     endpoint: str | None = None
     casing: str = "any"
@@ -99,8 +101,9 @@ class TranslationConfig:
                 raise _unsupported(f"translation's {name} is {value!r}; it has to be a list")
         if unknown := [latency for latency in self.latencies if latency not in LATENCIES]:
             raise _unsupported(f"translation's latencies have {unknown[0]!r}; known are {', '.join(LATENCIES)}")
-        if not isinstance(self.read_threshold, float | int) or not 0.0 <= self.read_threshold <= 1.0:
-            raise _unsupported(f"translation's read_threshold is {self.read_threshold!r}; it is a probability, 0 to 1")
+        for value in (self.read_threshold, *self._own_thresholds()):
+            if not isinstance(value, float | int) or not 0.0 <= value <= 1.0:
+                raise _unsupported(f"translation's read_threshold is {value!r}; it is a probability, 0 to 1")
         if not isinstance(self.max_context_tokens, int):
             raise _unsupported(f"translation's max_context_tokens is {self.max_context_tokens!r}; it is a number")
         if self.endpoint is not None and not isinstance(self.endpoint, str):
@@ -108,6 +111,23 @@ class TranslationConfig:
         _check_prompt(self.prompt)
         if self.casing not in ("any", "lower"):
             raise _unsupported(f"translation's casing is {self.casing!r}; it is 'any' or 'lower'")
+
+    def _own_thresholds(self) -> list[float]:
+        try:
+            by_language = {x: dict(levels.items()) for x, levels in self.read_thresholds.items()}
+        except AttributeError:
+            raise _unsupported(
+                f"translation's read_thresholds are {self.read_thresholds!r}; they are an object of objects"
+            ) from None
+        known = {(language, latency) for language in self.targets for latency in self.latencies}
+        for language, levels in by_language.items():
+            if unknown := [latency for latency in levels if (language, latency) not in known]:
+                raise _unsupported(f"translation's read_thresholds have {language!r} at {unknown[0]!r}, which it lacks")
+        return [value for levels in by_language.values() for value in levels.values()]
+
+    def threshold(self, language: str, latency: str) -> float:
+        """Probability of ``<|end-of-read|>`` from which on the model writes in a language at a latency."""
+        return self.read_thresholds.get(language, {}).get(latency, self.read_threshold)
 
     def to_dict(self) -> dict[str, Any]:
         """The object as it stands in the file."""

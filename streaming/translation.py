@@ -581,7 +581,8 @@ class Interleaved:
 
     def _after_read(self, row: Row, plan: _Plan, probabilities: list[float]) -> tuple[Row, int]:
         """The row after its words, up to the first after which it writes, and how many tokens that are."""
-        answers, threshold = iter(probabilities), self.translator.config.read_threshold
+        direction = row.direction
+        answers, threshold = iter(probabilities), self.translator.config.threshold(direction.target, direction.latency)
         for i, (tokens, must) in enumerate(plan.words):
             writes = next(answers) >= threshold if must is None else must
             if writes or i + 1 == len(plan.words):

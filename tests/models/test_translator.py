@@ -107,6 +107,8 @@ def test_what_the_model_cannot_do_is_refused(arguments: tuple[str, ...], code: s
         ({"latencies": ["soon"]}, "'soon'"), ({"read_threshold": 2}, "0 to 1"), ({"targets": []}, "name a language"),
         ({"casing": "upper"}, "'any' or 'lower'"), ({"targets": "es"}, "targets is 'es'; it has to be a list"),
         ({"max_context_tokens": "512"}, "'512'; it is a number"), ({"read_threshold": "half"}, "'half'"),
+        ({"read_thresholds": [0.5]}, "object of objects"), ({"read_thresholds": {"es": {"low": 2}}}, "is 2; it"),
+        ({"read_thresholds": {"it": {"low": 0.5}}}, "'it' at 'low'"), ({"endpoint": 2}, "a symbol of the tokenizer"),
         ({"prompt": "<s>{to}"}, "field {to}; known are"), ({"prompt": "<s>{"}, "prompt is not"),
     ],
 )  # fmt: skip

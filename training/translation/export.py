@@ -1,9 +1,11 @@
 """Turns a training checkpoint into a translator's folder with a card whose scores were measured on what is in it.
 
-    python -m training.translation.export --run runs/mt --tokenizer tokenizer.model \
-        --notes training/translation/CARD.md --manifest corpus/test.jsonl --limit 300 --out models/en-esdefr-small
+    python -m training.translation.export --run runs/mt --tokenizer tokenizer.model --calibrate corpus/dev.jsonl \
+        --notes training/translation/CARD.md --manifest corpus/test.jsonl --out models/en-esdefr-small
 
-Every manifest is read as a recogniser would write it, at each latency, and offline also as it is written.
+With ``--calibrate``, the probabilities from which on the model writes are first set by other sentences
+(:mod:`training.translation.calibrate`). Every manifest is read as a recogniser would write it, at each latency, and
+offline also as it is written.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 
-from client.evaluate import SpeechSet, TextSet, read_all_sets
+from client.evaluate import LANGUAGES, SpeechSet, TextSet, read_all_sets
 from client.evaluate_translation import Scored, TranslationScore, translation_jobs
 from client.progress import counted
 from client.report import draw_curve, require_curve, translation_table
@@ -25,7 +27,9 @@ from models.llm_config import LlmConfig
 from models.tokenizer import SentencePieceTokenizer
 from models.translator import OWN_ENDPOINT, TranslationConfig, Translator, load_translator, save_translator
 from streaming.errors import DragomanError
+from training.translation.calibrate import calibrated
 from training.translation.chunks import OFFLINE
+from training.translation.train import read_tasks
 
 CURVE = "curve.svg"
 SCORES_MARK = "<!-- scores -->"
@@ -106,9 +110,10 @@ def run_export(
     out: Annotated[Path, typer.Option(help="The model folder.")],
     manifest: Annotated[list[Path], typer.Option(help="Text to score; may be given several times.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first so many sentences of each.")] = None,
-    read_threshold: Annotated[
-        float, typer.Option(help="Probability of the end of reading from which on the model writes.")
-    ] = TranslationConfig.read_threshold,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Sentences with references, as --valid of training, to find the thresholds on.")
+    ] = None,
+    calibrate_sentences: Annotated[int, typer.Option(min=1, help="How many of them.")] = 300,
     max_context_tokens: Annotated[
         int, typer.Option(help="Tokens after which the model forgets the oldest ones.")
     ] = MAX_CONTEXT_TOKENS,
@@ -119,10 +124,16 @@ def run_export(
     require_curve(out.parent / CURVE)
     torch.set_num_threads(threads)
     sets = read_texts(manifest, limit)
-    translation = TranslationConfig(
-        read_threshold=read_threshold, max_context_tokens=max_context_tokens, endpoint=OWN_ENDPOINT
-    )
-    export(run, tokenizer, out, notes.read_text(encoding="utf-8"), translation)
+    card, translation = notes.read_text(encoding="utf-8"), TranslationConfig(endpoint=OWN_ENDPOINT)
+    translation = replace(translation, max_context_tokens=max_context_tokens)
+    export(run, tokenizer, out, card, translation)
+    if calibrate is not None:
+        tasks, pieces = (
+            read_tasks(calibrate, LANGUAGES, calibrate_sentences),
+            SentencePieceTokenizer(tokenizer.read_bytes()),
+        )
+        thresholds = calibrated(load_translator(out).llm, pieces, tasks)
+        export(run, tokenizer, out, card, replace(translation, read_thresholds=thresholds))
     translator = load_translator(out)
     scores = [score for job in counted(scoring_jobs(translator, sets, batch_size)) for score, _ in job()]
     (run / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n", encoding="utf-8")

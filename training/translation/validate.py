@@ -6,8 +6,9 @@ that are still changing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import sacrebleu
 import torch
@@ -71,14 +72,27 @@ class Score:
 
 @torch.no_grad()
 def translate(
-    net: Llm, encoder: Encoder, tasks: Sequence[Task], latency: str, *, threshold: float = 0.5
+    net: Llm,
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    latency: str,
+    thresholds: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Reader]:
-    """Translates all tasks at once, as they would be translated one by one."""
+    """Translates all tasks at once, as they would be translated one by one.
+
+    Args:
+        net: The model.
+        encoder: Of its tokenizer.
+        tasks: What to translate.
+        latency: Level.
+        thresholds: For a language, the probability of the end of reading from which on it is written in; else 0.5.
+    """
     rows = [Reader([encoder.word(word) for word in task.source]) for task in tasks]
     cache = net.init_state(len(rows))
     pending = [list(encoder.begin(task.language, latency).ids) for task in tasks]
     for row, ids in zip(rows, pending, strict=True):
         _read(row, ids, encoder, offline=latency == OFFLINE)
+    limits = [thresholds.get(task.language, 0.5) for task in tasks]
     unwritable = torch.tensor(sorted(encoder.unwritable), device=net.device)
     while any(pending):
         counts = torch.tensor([len(ids) for ids in pending])
@@ -93,7 +107,7 @@ def translate(
         logits[:, unwritable] = -torch.inf
         best = logits.argmax(-1).tolist()
         pending = [
-            _advance(row, p_end[k] >= threshold, best[k], encoder, offline=latency == OFFLINE)
+            _advance(row, p_end[k] >= limits[k], best[k], encoder, offline=latency == OFFLINE)
             for k, row in enumerate(rows)
         ]
     return rows
@@ -153,11 +167,12 @@ def validate(
             most = max(len(task.references) for task, _ in some)
             references = [[t.references[k] if k < len(t.references) else None for t, _ in some] for k in range(most)]
             bleu = sacrebleu.corpus_bleu(texts, references).score  # type: ignore[arg-type]
-            lags = [_laal(task, row, tokenizer) for task, row in some]
+            lags = [laal(task, row, tokenizer) for task, row in some]
             yield Score(language, latency, bleu, sum(lags) / len(lags))
 
 
-def _laal(task: Task, row: Reader, tokenizer: SentencePieceTokenizer) -> float:
+def laal(task: Task, row: Reader, tokenizer: SentencePieceTokenizer) -> float:
+    """Length-adaptive average lagging of a translation, in source words."""
     starts = tokenizer.word_starts or frozenset()
     # A word has been written when its last id has.
     ends = [k for k in range(len(row.written)) if k + 1 == len(row.written) or row.written[k + 1] in starts]

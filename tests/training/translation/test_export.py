@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from models.translator import OWN_ENDPOINT, TranslationConfig, load_translator
 from streaming.errors import DragomanError
 from tests import tiny
 from tests.training.translation.test_train import CONFIG, RECIPE, TOKENIZER, Trainer, corpus
+from training.translation.chunks import LEVEL_WORDS
 from training.translation.data import Encoder, Packed
 from training.translation.export import CURVE, export, run_export
 
@@ -48,11 +50,15 @@ def manifest(folder: Path) -> Path:
 def test_the_folder_is_the_average_and_the_card_what_is_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, file = run.parent / "model", manifest(run.parent)
     run_export(
-        run, run.parent / "tokenizer.model", NOTES, out, [file], limit=2, read_threshold=0.25, max_context_tokens=90,
-        threads=1,
+        run, run.parent / "tokenizer.model", NOTES, out, [file], limit=2, max_context_tokens=90, threads=1,
+        calibrate=file, calibrate_sentences=2,
     )  # fmt: skip
     translator = load_translator(out)
-    assert translator.config == TranslationConfig(read_threshold=0.25, max_context_tokens=90, endpoint=OWN_ENDPOINT)
+    thresholds = translator.config.read_thresholds
+    assert {(x, level) for x in thresholds for level in thresholds[x]} == set(product(("es", "de", "fr"), LEVEL_WORDS))
+    assert translator.config == TranslationConfig(
+        max_context_tokens=90, endpoint=OWN_ENDPOINT, read_thresholds=thresholds
+    )
     average = torch.load(run / "last.pt", weights_only=True)["average"]
     for name, tensor in load_translator(out, dtype="bfloat16").llm.state_dict().items():
         if tensor.numel():  # a frozen model has given up its matrices
