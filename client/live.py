@@ -181,9 +181,10 @@ class _Ahead(Generic[_T]):
 
 @contextmanager
 def ctrl_c(stop: Callable[[], object]) -> Iterator[None]:
-    """Call `stop` on the event loop at the first Ctrl-C or SIGTERM; a second one interrupts as it always does."""
+    """Call `stop` on the event loop at the first Ctrl-C, SIGTERM or SIGHUP; a second one does what it always does."""
     loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def take(number: int, _: FrameType | None) -> None:
         signal.signal(number, before[signal.Signals(number)])

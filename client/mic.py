@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import wave
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Unpack
 
@@ -144,8 +144,7 @@ async def listen(
                 await exchange(session, hearing.speak(), hearing.hear)
             finally:
                 drawing.cancel()
-                with suppress(asyncio.CancelledError):
-                    await drawing
+                await asyncio.gather(drawing, return_exceptions=True)  # that a terminal is gone is no loss
 
 
 class _Hearing:

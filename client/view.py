@@ -276,7 +276,7 @@ class Panes:
 
 def make_view(output_format: OutputFormat, languages: Sequence[str]) -> View:
     """Panes where text goes to a terminal, lines elsewhere; one language alone needs no words of the other above it."""
-    panes = output_format is OutputFormat.TXT and sys.stdout.isatty()
+    panes = output_format is OutputFormat.TXT and sys.stdout.isatty() and not Console().is_dumb_terminal
     if output_format is OutputFormat.TXT and not (languages and panes) and len(languages) < 2:
         writer: Writer = SegmentLines(languages[0] if languages else None)
     else:

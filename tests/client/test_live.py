@@ -115,6 +115,7 @@ class Program:
             preexec_fn=heed_ctrl_c,
         )
         os.close(terminal)
+        self._came = b""
         self.shown = ""
 
     async def until(self, text: str | None) -> str:
@@ -124,7 +125,8 @@ class Program:
                 piece = await asyncio.to_thread(os.read, self._screen, 65_536)
             except OSError:  # how a terminal says that the other side is gone
                 piece = b""
-            self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", piece.decode())
+            self._came += piece  # a piece may end within a character, or within an escape sequence
+            self.shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._came.decode(errors="ignore"))
             if not piece:
                 assert text is None, f"{text!r} was never shown: {self.shown!r}"
                 os.close(self._screen)

@@ -314,7 +314,7 @@ def test_the_real_models_hear_from_a_microphone_what_they_hear_from_a_file(
         return [{key: value for key, value in event.items() if key not in own} for event in deltas]
 
     assert told(out) == told(from_file)
-    assert sum("language" in event for event in told(out)) > 3
+    assert sum("language" in event for event in told(out)) >= 2
     expected = soundfile.read(SAMPLE, dtype="int16")[0]
     np.testing.assert_array_equal(soundfile.read(tmp_path / "talk.wav", dtype="int16")[0], expected)
     assert (tmp_path / "talk.es.srt").read_text().count("-->") >= 2

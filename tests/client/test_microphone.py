@@ -1,4 +1,5 @@
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,36 @@ def test_the_real_library_lists_devices_or_says_that_there_are_none() -> None:
     if "mic_unavailable" in result.stderr or "DragomanError: recording needs" in result.stderr:
         pytest.skip("sounddevice or PortAudio is not installed")
     assert result.stdout.endswith("end\n"), result.stderr
+
+
+RECORD = """
+import asyncio, sys
+from client.microphone import Microphone, choose_device, input_devices
+devices = [device for device in input_devices() if device.name == "recording"]
+if not devices: sys.exit(3)
+async def main():
+    heard = b""
+    async with Microphone(choose_device(devices, None)) as mic:
+        async for block in mic.blocks():
+            heard += block
+            if len(heard) > 100_000: mic.stop()
+    sys.stdout.buffer.write(heard)
+asyncio.run(main())
+"""
+
+
+def test_the_real_library_gives_the_audio_of_a_device(tmp_path: Path) -> None:
+    """Of a device of ALSA's that plays a file, so that it needs no sound card."""
+    samples = np.random.default_rng(0).integers(-32768, 32767, 40_000).astype("<i2")
+    (tmp_path / "played.raw").write_bytes(samples.tobytes())
+    device = f'type file slave.pcm "null" file "/dev/null" infile "{tmp_path}/played.raw" format "raw"'
+    (tmp_path / ".asoundrc").write_text(f'pcm.recording {{ {device} hint {{ show on description "recording" }} }}\n')
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", RECORD], cwd=ROOT, capture_output=True, env=environment)
+    if result.returncode == 3 or b"mic_unavailable" in result.stderr or b"recording needs" in result.stderr:
+        pytest.skip("sounddevice, PortAudio or ALSA is not installed")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout[:80_000] == samples.tobytes()
 
 
 @given(st.lists(st.floats(0, 0.05), min_size=1, max_size=20))

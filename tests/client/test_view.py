@@ -129,9 +129,12 @@ def test_panes_remember_what_fits_on_a_screen() -> None:
 
 
 def test_where_text_goes_to_a_terminal_there_are_panes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     assert isinstance(make_view(OutputFormat.TXT, ["es"]), Lines)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert isinstance(make_view(OutputFormat.TXT, ["es"]), Panes)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_view(OutputFormat.TXT, ["es"]), Lines)
     assert isinstance(make_view(OutputFormat.JSONL, ["es"]), Lines)
 
 
