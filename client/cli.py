@@ -311,7 +311,7 @@ def serve(
     ] = False,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web origin whose pages may connect, such as https://example.org."),
+        typer.Option(metavar="ORIGIN", help="Another web origin whose pages may connect, such as https://example.org."),
     ] = None,
     token: TokenOption = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate chain, for wss.")] = None,
