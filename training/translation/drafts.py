@@ -33,7 +33,7 @@ def rows(packed: Path, language: int, end_of_read: int, end_of_write: int) -> It
     starts, passes = np.load(packed / "starts.npy"), np.load(packed / "passes.npy")
     for i in range(int(passes[0]), int(passes[1])):
         row, kind = np.asarray(ids[starts[i] : starts[i + 1]]), kinds[starts[i] : starts[i + 1]]
-        prompt = int(np.argmax(kind != PROMPT)) + 1
+        prompt = int(np.argmax(kind != PROMPT))
         if language not in row[:prompt]:
             continue
         chunks = np.split(row[prompt:], np.flatnonzero(row[prompt:] == end_of_write) + 1)[:-1]

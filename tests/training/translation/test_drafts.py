@@ -24,8 +24,8 @@ def packed(tmp_path: Path) -> Path:
     def sequence(language: str, last: int = 0) -> Interleaved:
         prompt = pieces.encode_prompt(f"<s><|en|><|{language}|><|medium|>")
         ids = [*prompt, 50, 51, read, 60, 61, write, 52 + last, read, 62 + last, write]
-        kinds = [PROMPT] * (len(prompt) - 1)
-        kinds += [SOURCE, SOURCE, READ_ON, WRITE, WRITE, WRITE, SOURCE, READ_ON, WRITE, WRITE, PROMPT]
+        kinds = [PROMPT] * len(prompt)
+        kinds += [SOURCE, READ_ON, WRITE, WRITE, WRITE, WRITE, SOURCE, PROMPT, WRITE, WRITE]
         return Interleaved(ids, kinds)
 
     first = [sequence("es"), sequence("es", 1)] * 4 + [sequence("de")]
