@@ -114,7 +114,7 @@ def told(
     if ended is None:
         ended = Branch(interpreter.feed(heard.state, (), closes=True))
     own = heard.chunks
-    if not getattr(interpreter.translator, "endpoint", ()):
+    if not interpreter.translator.endpoint:
         # What the model wrote of itself upon the last word is what it would have been made to write.
         own = tuple(replace(chunk, endpoint=True) for chunk in own)
     return Branch(ended.state, own + ended.chunks), None

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.translator import Translator
+from streaming.audio import AudioFormat
 from streaming.drafts import NGrams, OldOutput
 from streaming.events import Event, TranscriptDelta, TranslationDelta
 from streaming.interpreter import translate, translate_ahead
 from streaming.preemptive import expecting, told
-from streaming.session import Session, tick
+from streaming.session import Session, SessionConfig, tick
 from streaming.speculation import Speculation
 from streaming.text_session import TextSession
 from streaming.translation import Interleaved, TranslatedChunk, TranslationState
@@ -38,12 +40,13 @@ WRITES_MUCH = 0
 moments = st.integers(0, 1 << 32).map(random.Random)
 
 
-def speculating(session: Session | TextSession) -> None:
-    """Lets a session draft with what it has dropped."""
-    interpretation = session._interpretation
-    assert interpretation is not None and isinstance(interpretation.interpreter, Interleaved)
-    drafting = Interleaved(interpretation.interpreter.translator, Speculation([OldOutput(), NGrams()], max_tokens=9))
-    object.__setattr__(interpretation, "interpreter", drafting)
+#: Models that read the end of a segment, and models that do not.
+endpoints = st.sampled_from([None, tiny.OWN_ENDPOINT])
+
+
+def drafting() -> Speculation:
+    """Drafts with what has been dropped."""
+    return Speculation([OldOutput(), NGrams()], max_tokens=9)
 
 
 @few
@@ -55,14 +58,22 @@ def speculating(session: Session | TextSession) -> None:
     latency=st.sampled_from(["low", "offline"]),
     kind=st.sampled_from([LONG, PAUSING, SHORT]),
     drafts=st.booleans(),
+    endpoint=endpoints,
 )
 def test_speech_gives_identical_events_whenever_the_machine_is_idle(
-    samples: int, seed: int, idle: random.Random, languages: tuple[str, ...], latency: str, kind: int, drafts: bool
+    samples: int,
+    seed: int,
+    idle: random.Random,
+    languages: tuple[str, ...],
+    latency: str,
+    kind: int,
+    drafts: bool,
+    endpoint: str | None,
 ) -> None:
-    pcm = audio(samples, seed)
-    session, events, start = opened(languages, latency, kind=kind), list[Event](), 0
-    if drafts:
-        speculating(session)
+    pcm, t = audio(samples, seed), tiny.translator(endpoint=endpoint)
+    config = SessionConfig(AudioFormat("s16le"), 480, endpoint_silence_ms=400, languages=languages, latency=latency)
+    session = Session(tiny.recognizer(kind), config, t, drafting() if drafts else None)
+    events, start = list[Event](), 0
     while start < samples:
         end = start + idle.randint(1, 6_000)
         session.write(pcm[start:end])
@@ -74,7 +85,7 @@ def test_speech_gives_identical_events_whenever_the_machine_is_idle(
         assert session.take_events() == []
         start = end
     events += session.finish()
-    assert wire(events) == wire(alone(pcm, opened(languages, latency, kind=kind)))
+    assert wire(events) == wire(alone(pcm, Session(tiny.recognizer(kind), config, t)))
 
 
 def test_a_flush_tells_the_same_after_translating_ahead() -> None:
@@ -98,15 +109,15 @@ def test_a_flush_tells_the_same_after_translating_ahead() -> None:
     idle=moments,
     latency=st.sampled_from(["low", "medium", "offline"]),
     drafts=st.booleans(),
+    endpoint=endpoints,
 )
 def test_text_sessions_translate_ahead_together(
-    lines: list[list[list[str]]], idle: random.Random, latency: str, drafts: bool
+    lines: list[list[list[str]]], idle: random.Random, latency: str, drafts: bool, endpoint: str | None
 ) -> None:
     """Words a few at a time, guessed right and wrong, in batches of any of the sessions."""
-    sessions = [Guessing(idle, LANGUAGES[i], latency) for i in range(len(lines))]
+    t, speculation = tiny.translator(3, endpoint=endpoint), drafting() if drafts else None
+    sessions = [Guessing(idle, t, LANGUAGES[i], latency, speculation) for i in range(len(lines))]
     events: list[list[Event]] = [[] for _ in lines]
-    for session in sessions if drafts else []:
-        speculating(session)
     coming = [[(word, i + 1 == len(line)) for line in talk for i, word in enumerate(line)] for talk in lines]
     while any(coming):
         for session, words in zip(sessions, coming, strict=True):
@@ -124,7 +135,7 @@ def test_text_sessions_translate_ahead_together(
         for found, session in zip(events, sessions, strict=True):
             found += session.take_events()
     for i, (session, talk_) in enumerate(zip(sessions, lines, strict=True)):
-        whole = TextSession(tiny.translator(3), LANGUAGES[i], latency)
+        whole = TextSession(t, LANGUAGES[i], latency)
         expected = [e for line in talk_ for e in whole.push(" ".join(line)) + (whole.end_segment() if line else [])]
         assert events[i] + session.finish() == expected + whole.finish()
 
@@ -132,8 +143,15 @@ def test_text_sessions_translate_ahead_together(
 class Guessing(TextSession):
     """Knows which word comes next, or thinks so."""
 
-    def __init__(self, lies: random.Random, languages: Sequence[str], latency: str) -> None:
-        super().__init__(tiny.translator(3), languages, latency)
+    def __init__(
+        self,
+        lies: random.Random,
+        translator: Translator,
+        languages: Sequence[str],
+        latency: str,
+        speculation: Speculation | None = None,
+    ) -> None:
+        super().__init__(translator, languages, latency, None, speculation)
         self.lies, self.next_word = lies, ""
 
     def guess(self, words: list[str]) -> None:
@@ -149,10 +167,11 @@ class Guessing(TextSession):
 
 
 @pytest.mark.parametrize("language", ["es", "de"])
-def test_what_comes_as_expected_leaves_nothing_to_translate(language: str) -> None:
+@pytest.mark.parametrize("endpoint", [None, tiny.OWN_ENDPOINT])
+def test_what_comes_as_expected_leaves_nothing_to_translate(language: str, endpoint: str | None) -> None:
     """A word, its segment's end, or one after the other; a word more is all that is left."""
     for word, closes in [("the", False), ("the", True), ("", True), ("the speaker", True)]:
-        session = Guessing(random.Random(0), [language], "low")
+        session = Guessing(random.Random(0), tiny.translator(3, endpoint=endpoint), [language], "low")
         session.push("nothing is shown")
         session.next_word = word.partition(" ")[0]
         for _ in range(200):
