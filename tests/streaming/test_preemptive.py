@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.translator import Translator
+from models.translator import OWN_ENDPOINT, Translator
 from streaming.audio import AudioFormat
 from streaming.drafts import NGrams, OldOutput
 from streaming.events import Event, TranscriptDelta, TranslationDelta
@@ -41,7 +41,7 @@ moments = st.integers(0, 1 << 32).map(random.Random)
 
 
 #: Models that read the end of a segment, and models that do not.
-endpoints = st.sampled_from([None, tiny.OWN_ENDPOINT])
+endpoints = st.sampled_from([None, OWN_ENDPOINT])
 
 
 def drafting() -> Speculation:
@@ -167,7 +167,7 @@ class Guessing(TextSession):
 
 
 @pytest.mark.parametrize("language", ["es", "de"])
-@pytest.mark.parametrize("endpoint", [None, tiny.OWN_ENDPOINT])
+@pytest.mark.parametrize("endpoint", [None, OWN_ENDPOINT])
 def test_what_comes_as_expected_leaves_nothing_to_translate(language: str, endpoint: str | None) -> None:
     """A word, its segment's end, or one after the other; a word more is all that is left."""
     for word, closes in [("the", False), ("the", True), ("", True), ("the speaker", True)]:

@@ -65,7 +65,7 @@ def test_the_folder_is_the_average_and_the_card_what_is_measured(run: Path, caps
             torch.testing.assert_close(tensor, average[name].bfloat16(), rtol=0, atol=0)
 
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "After 40 steps" in card and "<!--" not in card and (out / CURVE).is_file()
+    assert "made 40 more" in card and "<!--" not in card and (out / CURVE).is_file()
     assert card.count("| few, spoken | ") == 3 * 6 and card.count("| few, written | ") == 3
     assert "BLEU `nrefs:var|case:mixed" in card and "CC BY 2.0" in card
     (texts,) = read_all_sets([file], 2)
