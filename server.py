@@ -23,21 +23,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.frames import CloseCode
+from websockets.frames import Close, CloseCode
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
+from metrics import TEXT_FORMAT, Metrics
 from models.recognizer import Recognizer
 from models.translator import Translator
 from streaming.audio import AudioFormat
@@ -59,6 +61,8 @@ PATH: Final = "/v1/realtime/translations"
 SUBPROTOCOL: Final = Subprotocol("dragoman.v1")
 """What the service speaks; a client need not offer it, but a browser has to where it sends its token as another."""
 
+METRICS_PATH: Final = "/metrics"
+
 _TOKEN_SUBPROTOCOL: Final = "dragoman.token."
 
 _DEFAULT_RATE_HZ: Final = 24_000  # what a client of OpenAI's protocol means when it declares none
@@ -68,7 +72,8 @@ _MAX_WAITING_MESSAGES: Final = 1_000
 _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
 _MAX_AHEAD: Final = 4  # sessions that are translated ahead together
 _SEND_TIMEOUT_S: Final = 20.0
-_DRAIN_TIMEOUT_S: Final = 5.0
+_GOODBYE_TIMEOUT_S: Final = 5.0
+_LATE_S: Final = 5.0  # how long a session may lag by more than it should
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _LOOPBACK_HOST: Final = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost)(:\d+)?")
 
@@ -104,6 +109,11 @@ class Settings:
         max_sessions: Sessions at a time; a further client is refused with HTTP 503.
         translate_ahead: Whether to translate what has not been told yet while there is nothing else to do.
         idle_timeout_s: Seconds without a message after which a session ends.
+        max_session_s: Seconds after which a session's audio ends; None sets no limit.
+        max_lag_s: Seconds of audio that a session may be behind for a while before the newest that lags is ended;
+            more than the model's look-ahead, and less than the 30 s that may wait. None ends none.
+        drain_s: Seconds that sessions may still take when the service is told to end.
+        metrics: Whether ``/metrics`` shows what is counted, to whoever has the token.
         origins: Web origins whose pages may connect beside the service's own; programs, which send none, always may.
         token: Secret that a client must send, as ``Authorization: Bearer`` or as a subprotocol; None asks for none.
         tls_cert: Certificate chain in PEM, for ``wss``.
@@ -115,6 +125,10 @@ class Settings:
     max_sessions: int = 16
     translate_ahead: bool = False
     idle_timeout_s: float = 60.0
+    max_session_s: float | None = None
+    max_lag_s: float | None = None
+    drain_s: float = 5.0
+    metrics: bool = False
     origins: tuple[str, ...] = ()
     token: str | None = None
     tls_cert: Path | None = None
@@ -138,6 +152,14 @@ class LookaheadChange:
 ClientMessage = SessionConfig | LookaheadChange | bytes | Command
 
 
+class _Arrival(NamedTuple):
+    """Audio that came in."""
+
+    audio_ms: float  # the session's, with this
+    at_s: float  # the clock when it came
+    due_s: float  # and when it would be over, were it spoken from then on
+
+
 class Stream:
     """One client's session: its queues on the side of the event loop, its state on the side of the engine."""
 
@@ -145,41 +167,70 @@ class Stream:
         self.session: Session | None = None  # the engine's
         self.inbox: deque[ClientMessage] = deque()
         self.outbox: asyncio.Queue[Event | CloseCode] = asyncio.Queue()
+        self.declared = False  # the client has said what it will send
+        self.ended = False  # no more audio is taken
         self.over = False  # nothing more is to be computed
         self.has_room = asyncio.Event()
         self.has_room.set()
         self._loop = loop
-        self._waiting_bytes = 0
+        self.waiting_bytes = 0
         self._max_waiting_bytes = 0
         self._format = AudioFormat()
         self._heard_bytes = 0
-        self._arrivals: deque[tuple[float, float]] = deque()  # audio so far in ms, and the clock when it was there
+        self._arrivals: deque[_Arrival] = deque()
+        self._due_s = 0.0
 
     def put(self, message: ClientMessage) -> None:
-        """Queue a message for the engine; called on the event loop."""
+        """Queue a message for the engine, after the defaults if it is the first; called on the event loop."""
         if isinstance(message, SessionConfig):
+            self.declared = True
             self._format = message.audio
-            self._max_waiting_bytes = _MAX_WAITING_S * self._bytes_per_s
-        elif isinstance(message, bytes):
-            self._heard_bytes += len(message)
-            self._arrivals.append((1000 * self._heard_bytes / self._bytes_per_s, time.monotonic()))
+            self._max_waiting_bytes = _MAX_WAITING_S * self.bytes_per_s
+        elif not self.declared:
+            self.put(SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ)))
+        if isinstance(message, bytes):
+            self._arrive(len(message))
+        self.ended |= message is Command.CLOSE
         self.inbox.append(message)
         self._account(_size(message))
 
+    def finish(self, code: str, message: str) -> None:
+        """End the audio with an error, unless it has ended; the last words still come. Called on the event loop."""
+        if not self.ended and not self.over:
+            self.tell(ErrorEvent(0, code, message))
+            self.put(Command.CLOSE)
+
+    def _arrive(self, size_bytes: int) -> None:
+        now_s = time.monotonic()
+        self._heard_bytes += size_bytes
+        self._due_s = max(now_s, self._due_s) + size_bytes / self.bytes_per_s
+        self._arrivals.append(_Arrival(1000 * self._heard_bytes / self.bytes_per_s, now_s, self._due_s))
+
     @property
-    def _bytes_per_s(self) -> int:
+    def bytes_per_s(self) -> int:
+        """Of the audio as the client sends it."""
         return self._format.sample_rate_hz * self._format.bytes_per_sample
+
+    def lag_s(self, now_s: float) -> float:
+        """Audio that is here, would be over by now at the pace of speech, and is not decided.
+
+        A file that a client sends at once lags no more than the same file spoken would. Called on the engine's thread.
+        """
+        if self.session is None:
+            return 0.0
+        due_ms = max((arrival.audio_ms for arrival in self._arrivals.copy() if arrival.due_s <= now_s), default=0.0)
+        return max(0.0, due_ms - self.session.decided_ms) / 1000
 
     def timed(self, events: Sequence[Event]) -> list[Event]:
         """Write into deltas how long the audio that they needed has been here; called on the engine's thread."""
-        now, timed = time.monotonic(), list(events)
+        now, timed, arrivals = time.monotonic(), list(events), self._arrivals.copy()  # the loop may add to it
         for i, event in enumerate(events):
             if isinstance(event, TranscriptDelta | TranslationDelta) and event.emitted_ms is not None:
                 needed_ms = event.emitted_ms
-                arrived = next((at for audio_ms, at in self._arrivals if audio_ms >= needed_ms), now)
+                arrived = next((a.at_s for a in arrivals if a.audio_ms >= needed_ms), now)
                 timed[i] = replace(event, backlog_ms=round(1000 * (now - arrived)))
         decided_ms = self.session.decided_ms if self.session else 0
-        while self._arrivals and self._arrivals[0][0] < decided_ms:
+        while self._arrivals and self._arrivals[0].audio_ms < decided_ms:
             self._arrivals.popleft()
         return timed
 
@@ -203,8 +254,8 @@ class Stream:
             self.outbox.put_nowait(item)
 
     def _account(self, change_bytes: int) -> None:
-        self._waiting_bytes += change_bytes
-        full = self._waiting_bytes > self._max_waiting_bytes or len(self.inbox) > _MAX_WAITING_MESSAGES
+        self.waiting_bytes += change_bytes
+        full = self.waiting_bytes > self._max_waiting_bytes or len(self.inbox) > _MAX_WAITING_MESSAGES
         if full and not self.over:
             self.has_room.clear()
         else:
@@ -227,13 +278,18 @@ class Engine:
         recognizer: Recognizer,
         translator: Translator | None,
         speculation: Speculation | None,
+        metrics: Metrics,
         *,
         ahead: bool = False,
+        max_lag_s: float | None = None,
     ) -> None:
         self._recognizer = recognizer
         self._translator = translator
         self._speculation = speculation
+        self._metrics = metrics
         self._ahead = ahead
+        self._max_lag_s = max_lag_s
+        self._late_since_s: dict[Stream, float] = {}
         self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
         self._wake = threading.Event()
         self._stopping = False
@@ -244,6 +300,16 @@ class Engine:
     def sessions(self) -> int:
         """How many sessions there are."""
         return len(self._streams)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Audio that waits for the engine."""
+        return sum(stream.waiting_bytes for stream in self._streams)
+
+    @property
+    def waiting_events(self) -> int:
+        """Events that wait for their clients."""
+        return sum(stream.outbox.qsize() for stream in self._streams)
 
     def add(self, stream: Stream) -> None:
         """Begin to work for a session."""
@@ -281,10 +347,31 @@ class Engine:
         fed = [self._guard([stream], partial(self._feed, stream)) for stream in streams]
         ready = {s: s.session for s in streams if not s.over and s.session and s.session.ready()}
         if ready:
-            self._guard(list(ready), partial(tick, list(ready.values())))
+            self._guard(list(ready), partial(self._tick, list(ready.values())))
         for stream in streams:
             self._guard([stream], partial(self._collect, stream))
+        self._relieve(streams)
         return any(fed) or bool(ready) or (self._ahead and self._translate_ahead(streams))
+
+    def _tick(self, sessions: Sequence[Session]) -> None:
+        began_s = time.perf_counter()
+        tick(sessions)
+        self._metrics.ticked(len(sessions), time.perf_counter() - began_s)
+
+    def _relieve(self, streams: Sequence[Stream]) -> None:
+        """Where one session has lagged for too long, end the newest that lags: the others get its share."""
+        if self._max_lag_s is None:
+            return
+        now_s = time.monotonic()
+        lags_s = {s: s.lag_s(now_s) for s in streams if not s.over}
+        late = [s for s, lag_s in lags_s.items() if lag_s > self._max_lag_s]
+        self._late_since_s = {s: self._late_since_s.get(s, now_s) for s in late}
+        if any(now_s - since_s >= _LATE_S for since_s in self._late_since_s.values()):
+            # The oldest is late first. One that came after it and will soon be as late goes before it.
+            newest = [s for s, lag_s in lags_s.items() if lag_s > self._max_lag_s / 2][-1]
+            sentence = f"the service is overloaded, and this session {lags_s[newest]:.1f} s behind:"
+            newest.fail("overloaded", f"{sentence} connect again in a while", CloseCode.TRY_AGAIN_LATER)
+            self._late_since_s = {}  # it takes a while to see what that did for the others
 
     def _translate_ahead(self, streams: Sequence[Stream]) -> bool:
         """One forward for a few sessions, so short that what comes meanwhile hardly waits; False if none is needed."""
@@ -370,7 +457,22 @@ class Service:
         self._recognizer = recognizer
         self._translator = translator
         self._settings = settings
-        self._engine = Engine(recognizer, translator, speculation, ahead=settings.translate_ahead)
+        self._metrics = Metrics()
+        self._engine = Engine(
+            recognizer,
+            translator,
+            speculation,
+            self._metrics,
+            ahead=settings.translate_ahead,
+            max_lag_s=settings.max_lag_s,
+        )
+        self._metrics.sessions.set_function(lambda: self._engine.sessions)
+        self._metrics.max_sessions.set(settings.max_sessions)
+        self._metrics.input_queue_bytes.set_function(lambda: self._engine.waiting_bytes)
+        self._metrics.output_queue_events.set_function(lambda: self._engine.waiting_events)
+        self._draining = False
+        self._empty = asyncio.Event()  # there is no session
+        self._empty.set()
         self._page = {path: (kind, (_PAGE / name).read_text("utf-8")) for path, (name, kind) in _PAGE_FILES.items()}
         self._server: Server | None = None
 
@@ -401,6 +503,12 @@ class Service:
         port = self._server.sockets[0].getsockname()[1]
         return f"{'wss' if tls else 'ws'}://{host}:{port}{PATH}"
 
+    async def drain(self) -> None:
+        """Take no more sessions, and wait until those that there are have finished, or for `drain_s`."""
+        self._draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), self._settings.drain_s)
+
     async def stop(self) -> None:
         """Tell every client that the server goes away, close with 1001 and stop computing."""
         if self._server is not None:
@@ -408,7 +516,7 @@ class Service:
             message = "the server is shutting down: connect again in a while"
             self._engine.end_all("server_shutdown", message, CloseCode.GOING_AWAY)
             try:
-                await asyncio.wait_for(self._server.wait_closed(), _DRAIN_TIMEOUT_S)
+                await asyncio.wait_for(self._server.wait_closed(), _GOODBYE_TIMEOUT_S)
             except TimeoutError:
                 logger.warning("%d clients did not take the goodbye", self._engine.sessions)
         await asyncio.to_thread(self._engine.stop)
@@ -417,26 +525,51 @@ class Service:
         """Answer what is no session with HTTP; None lets the client in."""
         path = request.path.partition("?")[0]
         if path in self._page:
-            return _page_response(connection, *self._page[path])
-        if path == "/healthz":
-            health = {"status": "ok", "sessions": self._engine.sessions, "max_sessions": self._settings.max_sessions}
-            return connection.respond(HTTPStatus.OK, f"{json.dumps(health)}\n")
+            return _shown_response(connection, *self._page[path])
+        if path in ("/healthz", "/readyz"):
+            return self._health(connection, is_ready=path == "/readyz")
         refusal = self._refusal(path, request.headers)
-        return connection.respond(*refusal) if refusal else None
+        if refusal is None:
+            return None if path == PATH else _shown_response(connection, TEXT_FORMAT, self._metrics.text())
+        reason, status, text = refusal
+        if reason and path == PATH and "Upgrade" in request.headers:
+            self._metrics.refused.labels(reason).inc()
+        return connection.respond(status, f"{text}\n")
 
-    def _refusal(self, path: str, headers: Headers) -> tuple[HTTPStatus, str] | None:
-        """Why a client may not begin a session, if it may not."""
-        limit = self._settings.max_sessions
-        if path != PATH:
-            return HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}\n"
+    def _health(self, connection: ServerConnection, *, is_ready: bool) -> Response:
+        """Whether the service runs; with `is_ready`, whether it would take a session."""
+        unavailable = self._unavailable() if is_ready else None
+        health = {
+            "status": unavailable[0] if unavailable else "ok",
+            "sessions": self._engine.sessions,
+            "max_sessions": self._settings.max_sessions,
+        }
+        status = HTTPStatus.SERVICE_UNAVAILABLE if unavailable else HTTPStatus.OK
+        return connection.respond(status, f"{json.dumps(health)}\n")
+
+    def _refusal(self, path: str, headers: Headers) -> tuple[str, HTTPStatus, str] | None:
+        """Why a client may not begin a session or see the metrics, if it may not: reason, status and sentence."""
+        is_metrics = path == METRICS_PATH and self._settings.metrics
+        if path != PATH and not is_metrics:
+            return "", HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}"
         if not self._allows_origin(headers):
             origin = _shown(", ".join(headers.get_all("Origin")))
-            return HTTPStatus.FORBIDDEN, f"pages of {origin} may not connect: --allow-origin lets them\n"
+            return "origin", HTTPStatus.FORBIDDEN, f"pages of {origin} may not connect: --allow-origin lets them"
         if self._settings.token is not None and not _has_token(headers, self._settings.token):
-            text = "the token is missing or wrong: send Authorization: Bearer TOKEN\n"
-            return HTTPStatus.UNAUTHORIZED, text
+            text = "the token is missing or wrong: send Authorization: Bearer TOKEN"
+            return "token", HTTPStatus.UNAUTHORIZED, text
+        if not is_metrics and (unavailable := self._unavailable()):
+            reason, text = unavailable
+            return reason, HTTPStatus.SERVICE_UNAVAILABLE, text
+        return None
+
+    def _unavailable(self) -> tuple[str, str] | None:
+        """Why there is no place for another session, if there is none: reason and sentence."""
+        limit = self._settings.max_sessions
+        if self._draining:
+            return "draining", "the service is shutting down: try again in a while"
         if self._engine.sessions >= limit:
-            return HTTPStatus.SERVICE_UNAVAILABLE, f"all {limit} sessions are in use: try again later\n"
+            return "full", f"all {limit} sessions are in use: try again later"
         return None
 
     def _allows_origin(self, headers: Headers) -> bool:
@@ -454,24 +587,48 @@ class Service:
         return not is_private or all(_LOOPBACK_HOST.fullmatch(host.lower()) for host in hosts)
 
     async def _handle(self, connection: ServerConnection) -> None:
-        if self._engine.sessions >= self._settings.max_sessions:  # others were admitted since we looked
-            await connection.close(CloseCode.TRY_AGAIN_LATER, "all sessions are in use")
+        if unavailable := self._unavailable():  # others were admitted since we looked
+            reason, text = unavailable
+            self._metrics.refused.labels(reason).inc()
+            await connection.close(CloseCode.TRY_AGAIN_LATER, text)
             return
+        stream = self._begin(connection)
+        logger.info("session %s begins", connection.id)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reader = tasks.create_task(self._read(connection, stream))
+                expiry = tasks.create_task(self._expire(stream))
+                await self._write(connection, stream)
+                reader.cancel()
+                expiry.cancel()
+        finally:
+            self._end(connection, stream)
+            logger.info("session %s ends", connection.id)
+
+    def _begin(self, connection: ServerConnection) -> Stream:
         stream = Stream(asyncio.get_running_loop())
         config = SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ))
         defaults = describe(config, self._recognizer, self._translator)
         stream.tell(SessionCreated({"id": str(connection.id), **defaults}, 0))
         self._engine.add(stream)
-        logger.info("session %s begins", connection.id)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                reader = tasks.create_task(self._read(connection, stream))
-                await self._write(connection, stream)
-                reader.cancel()
-        finally:
-            stream.over = True
-            self._engine.remove(stream)
-            logger.info("session %s ends", connection.id)
+        self._empty.clear()
+        self._metrics.opened.inc()
+        return stream
+
+    def _end(self, connection: ServerConnection, stream: Stream) -> None:
+        stream.over = True
+        self._engine.remove(stream)
+        if not self._engine.sessions:
+            self._empty.set()
+        self._metrics.ended(_first_close(connection))
+
+    async def _expire(self, stream: Stream) -> None:
+        """End the audio when the session has had its time."""
+        limit_s = self._settings.max_session_s
+        if limit_s is not None:
+            await asyncio.sleep(limit_s)
+            stream.finish("session_expired", f"a session may take {limit_s / 60:g} minutes: connect again to go on")
+            self._engine.wake()
 
     async def _read(self, connection: ServerConnection, stream: Stream) -> None:
         """Messages of the client -> inbox, until it closes the session or leaves.
@@ -479,27 +636,25 @@ class Service:
         A message that cannot be used is answered with an error, and the session goes on. Only the first one
         must be right: audio after a refused `session.update` would be in a format that was never declared.
         """
-        declared = False
         message: ClientMessage | None = None
         try:
             while message is not Command.CLOSE:
                 await stream.has_room.wait()
                 async with asyncio.timeout(self._settings.idle_timeout_s):
                     frame = await connection.recv()
-                if stream.over:
+                if stream.over or stream.ended:
                     continue
                 try:
-                    message = frame if isinstance(frame, bytes) else parse_message(frame, declared=declared)
+                    message = frame if isinstance(frame, bytes) else parse_message(frame, declared=stream.declared)
                 except DragomanError as error:
-                    if not declared:
+                    if not stream.declared:
                         stream.fail(error.code, str(error), CloseCode.POLICY_VIOLATION)
                     else:
                         stream.tell(ErrorEvent(0, error.code, str(error)))
                     continue
-                if not declared and not isinstance(message, SessionConfig):
-                    stream.put(SessionConfig(AudioFormat(sample_rate_hz=_DEFAULT_RATE_HZ)))
-                declared = True
                 stream.put(message)
+                if isinstance(message, bytes):
+                    self._metrics.audio_s.inc(len(message) / stream.bytes_per_s)
                 self._engine.wake()
         except TimeoutError:
             sentence = f"nothing came for {self._settings.idle_timeout_s:g} s: send audio or session.close"
@@ -514,18 +669,26 @@ class Service:
             while not isinstance(item := await stream.outbox.get(), CloseCode):
                 async with asyncio.timeout(_SEND_TIMEOUT_S):
                     await connection.send(replace(item, seq=seq).to_json())
+                self._metrics.told(item)
                 seq += 1
                 self._engine.wake()
             await connection.close(item)
         except TimeoutError:
             logger.info("session %s: the client does not read", connection.id)
+            self._metrics.slow_readers.inc()
             connection.transport.abort()
         except ConnectionClosed:
             pass
 
 
-def _page_response(connection: ServerConnection, kind: str, text: str) -> Response:
-    """One file of the web page."""
+def _first_close(connection: ServerConnection) -> Close | None:
+    """The close frame of whichever side closed; None where the connection was lost or dropped."""
+    protocol = connection.protocol
+    return protocol.close_rcvd if protocol.close_rcvd_then_sent else protocol.close_sent
+
+
+def _shown_response(connection: ServerConnection, kind: str, text: str) -> Response:
+    """What a browser may show and not keep: a file of the web page, or the metrics."""
     response = connection.respond(HTTPStatus.OK, text)
     del response.headers["Content-Type"]
     response.headers.update({"Content-Type": f"{kind}; charset=utf-8", **_PAGE_HEADERS})
@@ -712,7 +875,7 @@ async def serve(
     translator: Translator | None = None,
     speculation: Speculation | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then say goodbye to every client."""
+    """Serve until SIGTERM or Ctrl-C, let sessions finish until another one comes, and say goodbye to the rest."""
     service = Service(recognizer, settings, translator, speculation)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -726,5 +889,10 @@ async def serve(
         if settings.token is None and settings.host not in _LOOPBACK:
             logger.warning("whoever reaches %s can use the service: --token asks for a secret", settings.host)
         await stop.wait()
+        stop.clear()
+        ends = [asyncio.create_task(wait) for wait in (service.drain(), stop.wait())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
     finally:
         await service.stop()

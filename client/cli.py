@@ -306,6 +306,26 @@ def serve(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
+    max_session_minutes: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0.1, help="Time after which a session's audio ends. Left out: no limit."),
+    ] = None,
+    max_lag_s: Annotated[
+        float | None,
+        typer.Option(
+            "--max-lag-s",
+            metavar="S",
+            min=3,
+            max=25,
+            help="Where a session stays so many seconds of audio behind, end the newest. Left out: end none.",
+        ),
+    ] = None,
+    drain_s: Annotated[
+        float, typer.Option("--drain-s", metavar="S", min=0, help="Time that sessions have to finish after SIGTERM.")
+    ] = 5.0,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Show Prometheus metrics at /metrics, to whoever has the token.")
+    ] = False,
     ahead: Annotated[
         bool, typer.Option("--translate-ahead", help="While idle, translate words that are not certain yet.")
     ] = False,
@@ -329,6 +349,10 @@ def serve(
             host=host,
             port=port,
             max_sessions=max_sessions,
+            max_session_s=None if max_session_minutes is None else 60 * max_session_minutes,
+            max_lag_s=max_lag_s,
+            drain_s=drain_s,
+            metrics=metrics,
             translate_ahead=ahead,
             origins=tuple(allow_origin or ()),
             token=token,

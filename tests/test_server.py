@@ -1,19 +1,24 @@
 import asyncio
 import base64
 import json
+import os
+import re
 import shutil
+import signal
 import ssl
 import subprocess
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin, Subprotocol
@@ -372,6 +377,80 @@ async def test_health_and_unknown_paths() -> None:
         assert (await asyncio.to_thread(get, url))[0] == 426
 
 
+async def test_readiness() -> None:
+    async with running_service(max_sessions=1) as url:
+        root = url.removesuffix(server.PATH)
+        status, body = await asyncio.to_thread(get, f"{root}/readyz")
+        assert (status, json.loads(body)) == (200, {"status": "ok", "sessions": 0, "max_sessions": 1})
+        async with connect(url):
+            status, body = await asyncio.to_thread(get, f"{root}/readyz")
+            assert (status, json.loads(body)) == (503, {"status": "full", "sessions": 1, "max_sessions": 1})
+            assert (await asyncio.to_thread(get, f"{root}/healthz"))[0] == 200
+
+
+async def counted(url: str, **headers: str) -> dict[tuple[str, ...], float]:
+    """The samples of the metrics, by their name and the values of their labels."""
+    status, text = await asyncio.to_thread(get, f"{url.removesuffix(server.PATH)}/metrics", **headers)
+    assert status == 200
+    return {
+        (sample.name.removeprefix("dragoman_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_what_is_counted() -> None:
+    languages = {"audio": {**RATE_16K["audio"], "output": {"languages": ["es", "fr"]}}}
+    async with running_service(translator=FakeTranslator(), metrics=True, max_sessions=2) as url:
+        async with connect(url) as connection, connect(url):
+            await send_event(connection, "session.update", session=languages)
+            for part in (pcm([0.2, 0.4]), pcm([0.6])):
+                await connection.send(part)
+            await connection.send("{")
+            assert (await refusal(url))[0] == 503
+            assert (await refusal(url, origin="https://evil.example"))[0] == 403
+            assert (await asyncio.to_thread(get, url))[0] == 503  # how a page asks why
+            now = await counted(url)
+            assert (now[("sessions",)], now[("max_sessions",)], now[("sessions_opened_total",)]) == (2, 2, 2)
+            await send_event(connection, "session.close")
+            assert words([e for e in await events_until_closed(connection) if "words" in e]) == " w20 w40 w60"
+        lost = await connect(url)
+        lost.transport.abort()
+        odd = await connect(url)
+        await odd.close(4_567)
+        await no_session_is_left(url)
+        told = await counted(url)
+    assert told[("audio_seconds_total",)] == pytest.approx(1.2)
+    assert told[("words_total",)] == 3
+    assert (told[("translated_chunks_total", "es")], told[("translated_chunks_total", "fr")]) == (3, 3)
+    assert told[("lag_seconds_count", "transcript")] == 3 and told[("lag_seconds_count", "translation")] == 6
+    assert 0 <= told[("lag_seconds_sum", "transcript")] < 15
+    assert told[("tick_seconds_count",)] == told[("tick_rows_count",)] >= 3
+    assert told[("tick_rows_sum",)] >= 3
+    closed = {key[1]: n for key, n in told.items() if key[0] == "sessions_closed_total"}
+    assert closed == {"1000": 2, "1006": 1, "other": 1}
+    refused = {key[1]: n for key, n in told.items() if key[0] == "sessions_refused_total"}
+    assert refused == {"full": 1, "origin": 1, "token": 0, "draining": 0}
+    assert told[("errors_total", "invalid_json")] == 1
+    for name in ("sessions", "input_queue_bytes", "output_queue_events", "slow_readers_dropped_total"):
+        assert told[(name,)] == 0
+
+
+async def test_metrics_are_for_those_who_may_see_them_and_tell_nothing_of_what_was_said() -> None:
+    async with running_service() as url:
+        assert (await asyncio.to_thread(get, f"{url.removesuffix(server.PATH)}/metrics"))[0] == 404
+    secret = {"Authorization": "Bearer sesame"}
+    async with running_service(token="sesame", metrics=True, max_sessions=1) as url:
+        root = url.removesuffix(server.PATH)
+        assert (await asyncio.to_thread(get, f"{root}/metrics"))[0] == 401
+        async with connect(url, additional_headers=secret) as connection:
+            await connection.send(pcm([0.33], 24_000))
+            await send_event(connection, "session.close")
+            assert words(await events_until_closed(connection)) == " w33"
+            status, text = await asyncio.to_thread(lambda: get(f"{root}/metrics", **secret))
+        assert status == 200 and "w33" not in text and "127.0.0.1" not in text
+
+
 async def refusal(url: str, **arguments: Any) -> tuple[int, str]:
     with pytest.raises(InvalidStatus) as caught:
         async with connect(url, **arguments):
@@ -491,6 +570,91 @@ async def test_a_silent_client_is_let_go() -> None:
         assert connection.close_code == 1008
 
 
+async def test_a_session_that_has_had_its_time_is_told_what_it_said() -> None:
+    async with running_service(max_session_s=0.6) as url:
+        async with connect(url) as connection:
+            await send_event(connection, "session.update", session=RATE_16K)
+            await connection.send(pcm([0.2, 0.4])[:-6_400])  # the second word is not complete
+            events = []
+            async for frame in connection:  # a client that goes on sending
+                events.append(json.loads(frame))
+                with suppress(ConnectionClosed):
+                    if events[-1]["type"] == "error":
+                        await connection.send(pcm([0.9]))
+            assert errors(events) == ["session_expired"]
+            assert "0.01 minutes" in next(e["error"]["message"] for e in events if e["type"] == "error")
+            assert words(events) == " w20 w40"
+            assert events[-1]["type"] == "session.closed" and events[-1]["audio_ms"] == 600
+            assert connection.close_code == 1000
+        async with connect(url) as connection:  # that says nothing
+            assert errors(events := await events_until_closed(connection)) == ["session_expired"]
+            assert events[-1]["audio_ms"] == 0
+        assert errors(await talk(url, pcm([0.2]))) == []
+
+
+async def speak(connection: ClientConnection, count: int) -> None:
+    """Words at the pace of speech."""
+    with suppress(ConnectionClosed):
+        await send_event(connection, "session.update", session=RATE_16K)
+        for _ in range(4 * count):
+            await connection.send(pcm([0.2])[: 2 * 1_600])
+            await asyncio.sleep(0.1)
+        await send_event(connection, "session.close")
+
+
+async def test_the_newest_session_ends_where_all_fall_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    overloaded = True
+
+    def tick(sessions: Sequence[FakeSession]) -> None:
+        if overloaded:
+            threading.Event().wait(0.4 * len(sessions))  # two sessions at half the pace of speech
+        fake_tick(sessions)
+
+    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(server, "_LATE_S", 1.0)
+    async with running_service(max_lag_s=0.9) as url, connect(url) as older, connect(url) as newer:
+        speakers = [asyncio.create_task(speak(older, 20))]
+        hearer = asyncio.create_task(events_until_closed(older))
+        await asyncio.sleep(0.3)
+        speakers.append(asyncio.create_task(speak(newer, 20)))
+        told = await events_until_closed(newer)
+        overloaded = False
+        assert errors(told) == ["overloaded"] and newer.close_code == 1013
+        assert re.search(r"this session \d\.\d s behind: connect again", told[-1]["error"]["message"])
+        assert words(told) in " w20" * 20
+        heard = await hearer
+        assert errors(heard) == [] and older.close_code == 1000
+        assert words(heard) == " w20" * 20
+        await asyncio.gather(*speakers)
+
+
+def test_the_lag_of_a_file_sent_at_once_is_that_of_its_speech(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = 100.0
+    monkeypatch.setattr(server.time, "monotonic", lambda: clock_s)
+    stream = server.Stream(asyncio.new_event_loop())
+    stream.put(SessionConfig())
+    stream.session = cast(Any, FakeSession(None, SessionConfig()))
+    for _ in range(50):  # 20 s
+        stream.put(pcm([0.2]))
+        stream.session.write(pcm([0.2]))
+    assert stream.lag_s(clock_s) == 0.0
+    assert stream.lag_s(clock_s + 4.2) == pytest.approx(4.0)
+    for _ in range(11):
+        cast(Any, stream.session).step()
+    assert stream.lag_s(clock_s + 4.2) == 0.0
+    clock_s += 60  # what waits now has been due for long
+    assert stream.lag_s(clock_s) == pytest.approx(20 - 4.4)
+    stream.timed([])
+    assert stream.lag_s(clock_s) == pytest.approx(20 - 4.4)
+    while stream.session.ready():
+        cast(Any, stream.session).step()
+    clock_s += 60  # in a pause nothing becomes due
+    stream.put(pcm([0.2] * 10))
+    stream.session.write(pcm([0.2] * 10))
+    assert stream.lag_s(clock_s + 3.9) == 0.0
+    assert stream.lag_s(clock_s + 4.1) == pytest.approx(4.0)
+
+
 async def test_a_message_too_big() -> None:
     async with running_service() as url, connect(url) as connection:
         await connection.send(bytes(2**20 + 1))
@@ -558,12 +722,13 @@ async def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.Monkey
     monkeypatch.setattr(server, "Session", Talkative)
     monkeypatch.setattr(server, "_SEND_TIMEOUT_S", 0.5)
     monkeypatch.setattr(server, "_MAX_WAITING_EVENTS", 4)
-    async with running_service(max_sessions=1) as url:
+    async with running_service(max_sessions=1, metrics=True) as url:
         async with connect(url, max_queue=1, close_timeout=0.1) as connection:
             await send_event(connection, "session.update", session=RATE_16K)
             for _ in range(20):
                 await connection.send(pcm([0.2] * 5))
             await no_session_is_left(url)
+        assert (await counted(url))[("slow_readers_dropped_total",)] == 1
         assert computed < 50, "the engine went on for a client that does not read"
 
 
@@ -582,6 +747,49 @@ async def test_shutdown_is_told() -> None:
         assert errors(events) == ["server_shutdown"]
         assert connection.close_code == 1001
         await stopping
+
+
+async def test_at_sigterm_sessions_finish_and_new_ones_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = server.Settings(port=0, drain_s=30)
+    serving = asyncio.create_task(server.serve(cast(Recognizer, FakeRecognizer()), settings))
+    url = await listening_at(capsys)
+    async with connect(url) as connection:
+        await send_event(connection, "session.update", session=RATE_16K)
+        await connection.send(pcm([0.2]))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)  # the loop hears of the signal
+        answer = await asyncio.to_thread(get, f"{url.removesuffix(server.PATH)}/readyz")
+        assert (answer[0], json.loads(answer[1])["status"]) == (503, "draining")
+        assert await refusal(url) == (503, "the service is shutting down: try again in a while\n")
+        await connection.send(pcm([0.4]))
+        await send_event(connection, "session.close")
+        assert words(await events_until_closed(connection)) == " w20 w40"
+        assert connection.close_code == 1000
+    await asyncio.wait_for(serving, 10)  # and not 30 s
+
+
+@pytest.mark.parametrize(("drain_s", "signals"), [(0.2, 1), (30.0, 2)])
+async def test_a_session_that_does_not_finish_is_told(
+    drain_s: float, signals: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = server.Settings(port=0, drain_s=drain_s)
+    serving = asyncio.create_task(server.serve(cast(Recognizer, FakeRecognizer()), settings))
+    async with connect(await listening_at(capsys)) as connection:
+        await connection.recv()
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.1)
+        assert errors(await asyncio.wait_for(events_until_closed(connection, 1), 10)) == ["server_shutdown"]
+        assert connection.close_code == 1001
+    await asyncio.wait_for(serving, 10)
+
+
+async def listening_at(capsys: pytest.CaptureFixture[str]) -> str:
+    for _ in range(500):
+        if found := re.search(r"ws://\S+", capsys.readouterr().err):
+            return found[0]
+        await asyncio.sleep(0.01)
+    pytest.fail("the service does not listen after 5 s")
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def codes(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and node.args:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            wanted = [node.args[0]] if name in ("DragomanError", "fail", "end_all") else []
+            wanted = [node.args[0]] if name in ("DragomanError", "fail", "finish", "end_all") else []
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("code", "failure"):
             value = node.value
             wanted = [value.body, value.orelse] if isinstance(value, ast.IfExp) else getattr(value, "elts", [])[:1]
@@ -118,13 +118,14 @@ def test_limits_and_close_codes() -> None:
         f" {server._MAX_WAITING_EVENTS} ",
         f" {server._SEND_TIMEOUT_S:g} s ",
         f" {defaults.idle_timeout_s:g} s ",
+        f" audio that a session is behind for {server._LATE_S:g} s ",
     ):
         assert f"|{number}|" in limits or f"| {number.strip()} |" in limits
     listed = set(map(int, re.findall(r"^\| (1\d{3}) \|", SERVICE, re.M)))
     source = (ROOT / "server.py").read_text("utf-8")
     used = {server.CloseCode[name].value for name in re.findall(r"CloseCode\.([A-Z_]+)", source)}
     assert listed == used | {1009}
-    (health,) = examples(SERVICE.split("\n## Health\n")[1])
+    (health,) = examples(SERVICE.split("\n## Health and readiness\n")[1])
     assert json.loads(health).keys() == {"status", "sessions", "max_sessions"}
 
 
