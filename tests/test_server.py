@@ -613,18 +613,18 @@ async def test_the_newest_session_ends_where_all_fall_behind(monkeypatch: pytest
     monkeypatch.setattr(server, "tick", tick)
     monkeypatch.setattr(server, "_LATE_S", 1.0)
     async with running_service(max_lag_s=0.9) as url, connect(url) as older, connect(url) as newer:
-        speakers = [asyncio.create_task(speak(older, 20))]
+        speakers = [asyncio.create_task(speak(older, 14))]
         hearer = asyncio.create_task(events_until_closed(older))
         await asyncio.sleep(0.3)
-        speakers.append(asyncio.create_task(speak(newer, 20)))
+        speakers.append(asyncio.create_task(speak(newer, 14)))
         told = await events_until_closed(newer)
         overloaded = False
         assert errors(told) == ["overloaded"] and newer.close_code == 1013
         assert re.search(r"this session \d\.\d s behind: connect again", told[-1]["error"]["message"])
-        assert words(told) in " w20" * 20
+        assert words(told) in " w20" * 14
         heard = await hearer
         assert errors(heard) == [] and older.close_code == 1000
-        assert words(heard) == " w20" * 20
+        assert words(heard) == " w20" * 14
         await asyncio.gather(*speakers)
 
 

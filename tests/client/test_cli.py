@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 import client.transcribe
 import models.checkpoint
 import models.translator
+import server
 from client.cli import app
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, tone
 
@@ -202,6 +203,28 @@ def test_a_model_that_is_not_there(wav: Callable[..., str], tmp_path: Path, monk
     result = transcribe(wav("a.wav", 0.2), "--model", str(tmp_path))
     assert result.exit_code == 2
     assert re.fullmatch(r"dragoman: .*config\.json.*\n", result.stderr)
+
+
+def test_the_limits_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[server.Settings] = []
+
+    async def serve(recognizer: object, settings: server.Settings, *_: object) -> None:
+        asked.append(settings)
+
+    monkeypatch.setattr(server, "serve", serve)
+    for options in (
+        "",
+        "--max-sessions 3 --max-session-minutes 90 --max-lag-s 4.5 --drain-s 0 --metrics",
+    ):
+        assert runner.invoke(app, ["serve", "--translator", "fake", *options.split()]).exit_code == 0
+    assert asked == [
+        server.Settings(),
+        server.Settings(max_sessions=3, max_session_s=5_400, max_lag_s=4.5, drain_s=0, metrics=True),
+    ]
+    for wrong in ("--max-session-minutes 0", "--max-lag-s 1", "--max-lag-s 30", "--drain-s -1"):
+        result = runner.invoke(app, ["serve", *wrong.split()])
+        assert result.exit_code == 2 and wrong.split()[0] in result.stderr
+    assert len(asked) == 2
 
 
 def test_help_is_quick_and_names_units() -> None:
