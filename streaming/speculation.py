@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.speculative import Draft
 from models.translator import Translator
-from streaming.drafts import BatchDrafter, Context, Drafter, NGrams, Outcome, Proposal, load_seeds
+from streaming.drafts import SEED, BatchDrafter, Context, Drafter, NGrams, Outcome, Proposal, load_seeds
 from streaming.errors import DragomanError
 from streaming.goodput import Cost, Goodput, Shape
 
@@ -180,4 +180,11 @@ def speculation_for(translator: Translator, folder: Path, wanted: bool | None = 
             " to decide itself when to write: leave --speculation out",
         )
     seeds = load_seeds(folder)
+    size = translator.tokenizer.size
+    if foreign := [token for seed in seeds.values() for token, _ in seed.values() if token >= size]:
+        raise DragomanError(
+            "bad_checkpoint",
+            f"{folder / SEED} guesses the token {foreign[0]}, and model {translator.name!r} has {size}; make it anew"
+            " for this model with training.translation.drafts, or take the file away",
+        )
     return Speculation([NGrams(seeds)]) if seeds or wanted else None

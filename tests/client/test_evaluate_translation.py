@@ -286,6 +286,7 @@ def test_live_speech(speech: Path, tmp_path: Path) -> None:
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.checkpoint, "load_recognizer", lambda path, **_: RECOGNIZER)
     monkeypatch.setattr(models.translator, "load_translator", lambda path, **_: TRANSLATOR)
+    monkeypatch.setattr(models.translator, "EMBEDDED_TRANSLATOR", Path("no seed of another model"))
 
 
 def evaluate(*arguments: object) -> Result:

@@ -34,6 +34,7 @@ TEXT = ["the speaker is still talking", "", "  ", "y nada se retira", "é 😀 <
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.translator, "load_translator", lambda folder, **_: TRANSLATOR)
+    monkeypatch.setattr(models.translator, "EMBEDDED_TRANSLATOR", Path("no seed of another model"))
 
 
 def alone(line: str, languages: list[str], latency: str) -> list[TranslationDelta | SessionClosed]:

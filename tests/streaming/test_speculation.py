@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,10 +13,22 @@ from hypothesis import strategies as st
 
 from models.speculative import ROOT, Draft
 from models.translator import Translator
-from streaming.drafts import Context, Drafter, NGrams, Outcome, Proposal, Recycling, Repetition, spelled
+from streaming.drafts import (
+    SEED,
+    Context,
+    Drafter,
+    NGrams,
+    Outcome,
+    Proposal,
+    Recycling,
+    Repetition,
+    save_seeds,
+    spelled,
+)
+from streaming.errors import DragomanError
 from streaming.glossary import Glossary
 from streaming.heads import Heads
-from streaming.speculation import READ, Speculation, Wish
+from streaming.speculation import READ, Speculation, Wish, speculation_for
 from streaming.translation import Interleaved, TranslatedChunk, TranslationState
 from tests import tiny
 from tests.models.test_heads import random_heads
@@ -228,3 +241,10 @@ def test_words_after_which_a_write_is_certain_are_read_with_its_beginning() -> N
     for word, closes in [("the", False), ("speaker", False), ("is", True)] * 8:
         _, state = run(interpreter, interpreter.feed(state, [word], closes=closes))
     assert speculated.drafted == speculated.accepted == {f"{READ} all": 8}
+
+
+def test_a_seed_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    translator = tiny.translator()
+    save_seeds(tmp_path / SEED, {"es": {chr(60): (translator.tokenizer.size, 0.5)}})
+    with pytest.raises(DragomanError, match=f"guesses the token {translator.tokenizer.size}, and model 'tiny' has"):
+        speculation_for(translator, tmp_path)
