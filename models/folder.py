@@ -101,12 +101,13 @@ def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, T
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def require_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def require_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str = "the weights") -> None:
     """Makes sure that weights are those of a config.
 
     Args:
         own: The parameters that the config asks for.
         tensors: The weights.
+        what: What they are, for the sentence.
 
     Raises:
         DragomanError: ``bad_checkpoint`` naming the tensors that are missing, unknown or of another shape.
@@ -116,7 +117,7 @@ def require_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
     if missing or unknown:
         raise DragomanError(
             "bad_checkpoint",
-            f"the weights do not fit the config: {len(missing)} tensors are missing"
+            f"{what} do not fit the config: {len(missing)} tensors are missing"
             f" ({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'});"
             f" {hint}",
         )
@@ -124,5 +125,6 @@ def require_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
         if tensor.shape != tensors[name].shape:
             raise DragomanError(
                 "bad_checkpoint",
-                f"{name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(tensor.shape)}; {hint}",
+                f"{what} do not fit the config: {name} has shape {tuple(tensors[name].shape)}, the config asks for"
+                f" {tuple(tensor.shape)}; {hint}",
             )

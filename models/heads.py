@@ -20,7 +20,6 @@ before them; Zhao et al., "FR-Spec" (arXiv 2502.14856), for fewer rows; Huang et
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Final
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.folder import read_tensors
+from models.folder import read_tensors, require_fit
 from models.linear import Linear
 from models.llm import Llm
 from streaming.errors import DragomanError
@@ -196,7 +195,7 @@ def load_heads(folder: Path, llm: Llm) -> DraftHeads | None:
     if tokens.dim() != 1 or len(tokens) == 0 or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise DragomanError("bad_checkpoint", f"{file} has no list of tokens of the model's {vocab_size}")
     heads = DraftHeads(llm, tokens.long(), len(weight))
-    _require_fit(file, heads.state_dict(), tensors)
+    require_fit(heads.state_dict(), tensors, f"the heads of {file}")
     heads.load_state_dict({name: tensor.float() if name != "tokens" else tensor for name, tensor in tensors.items()})
     return heads.requires_grad_(False)
 
@@ -204,17 +203,3 @@ def load_heads(folder: Path, llm: Llm) -> DraftHeads | None:
 def _fingerprint(llm: Llm) -> Tensor:
     """Weights by which a model is known from another of its shape, and which are small."""
     return llm.model.norm.weight.detach().cpu().bfloat16().clone()
-
-
-def _require_fit(file: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    wrong = [name for name in sorted(own.keys() | tensors.keys()) if _shape(own, name) != _shape(tensors, name)]
-    if wrong:
-        name = wrong[0]
-        raise DragomanError(
-            "bad_checkpoint",
-            f"{file}: {name} has the shape {_shape(tensors, name)}, heads of this model have {_shape(own, name)} there",
-        )
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(tensors[name].shape) if name in tensors else None

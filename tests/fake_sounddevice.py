@@ -12,10 +12,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 
 STARTED: list["RawInputStream"] = []
@@ -108,3 +110,15 @@ class RawInputStream:
 
 def install() -> None:
     sys.modules["sounddevice"] = sys.modules[__name__]
+
+
+def play(
+    monkeypatch: pytest.MonkeyPatch, file: Path, samples: np.ndarray, end: str, pace: float, rate_hz: int
+) -> bytes:
+    """Makes the microphone play samples, and then do something; what it plays, as it does."""
+    pcm = np.rint(samples * 32767).astype(np.int16)
+    soundfile.write(file, pcm, rate_hz)
+    monkeypatch.setenv("FAKE_MIC_FILE", str(file))
+    monkeypatch.setenv("FAKE_MIC_PACE", str(pace))
+    monkeypatch.setenv("FAKE_MIC_END", end)
+    return pcm.tobytes()

@@ -3,10 +3,8 @@ import base64
 import json
 import os
 import re
-import shutil
 import signal
 import ssl
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -790,18 +788,6 @@ async def listening_at(capsys: pytest.CaptureFixture[str]) -> str:
             return found[0]
         await asyncio.sleep(0.01)
     pytest.fail("the service does not listen after 5 s")
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl to make a certificate")
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run([*command.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
 
 
 async def test_tls(certificate: tuple[Path, Path]) -> None:

@@ -1,8 +1,6 @@
 import asyncio
 import json
-import shutil
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -311,18 +309,6 @@ async def test_a_service_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("client.connection._ANSWER_TIMEOUT_S", 0.1)
     async with running_service() as url:
         assert (await failure(url)).code == "unreachable"
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl to make a certificate")
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run([*command.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
 
 
 async def test_tls_with_a_token(certificate: tuple[Path, Path]) -> None:

@@ -54,12 +54,7 @@ def plays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., byte
     """Makes the microphone play levels, and then press Ctrl-C; gives what it plays."""
 
     def make(levels: list[float] = LEVELS, end: str = "interrupt", pace: float = 20, rate_hz: int = 16_000) -> bytes:
-        samples = np.rint(tone(levels, rate_hz) * 32767).astype(np.int16)
-        soundfile.write(tmp_path / "played.wav", samples, rate_hz)
-        monkeypatch.setenv("FAKE_MIC_FILE", str(tmp_path / "played.wav"))
-        monkeypatch.setenv("FAKE_MIC_PACE", str(pace))
-        monkeypatch.setenv("FAKE_MIC_END", end)
-        return samples.tobytes()
+        return fake_sounddevice.play(monkeypatch, tmp_path / "played.wav", tone(levels, rate_hz), end, pace, rate_hz)
 
     return make
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,12 +32,7 @@ def plays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, devices: list[Device]
     """Makes the microphone play levels and then do something; gives what it plays."""
 
     def make(levels: list[float], end: str = "unplug", pace: float = 20, rate_hz: int = 16_000) -> bytes:
-        samples = np.rint(tone(levels, rate_hz) * 32767).astype(np.int16)
-        soundfile.write(tmp_path / "mic.wav", samples, rate_hz)
-        monkeypatch.setenv("FAKE_MIC_FILE", str(tmp_path / "mic.wav"))
-        monkeypatch.setenv("FAKE_MIC_PACE", str(pace))
-        monkeypatch.setenv("FAKE_MIC_END", end)
-        return samples.tobytes()
+        return fake_sounddevice.play(monkeypatch, tmp_path / "mic.wav", tone(levels, rate_hz), end, pace, rate_hz)
 
     return make
 
