@@ -11,6 +11,7 @@ arXiv 2504.09570), for the two symbols and for the sentence that a published mod
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,7 @@ class Translator:
         endpoint: Ids that are read at the end of a segment, one or none.
         unwritable: ``bool[vocab_size]`` on the model's device: controls but ``<|end-of-write|>``, and ids without text.
         unable_to_begin: ``bool[vocab_size]``: what may not stand first in a chunk either, because it begins no word.
+        marks: Tokens that close what was shown: signs of punctuation, and ``<|end-of-write|>``.
     """
 
     def __init__(self, llm: Llm, tokenizer: Tokenizer, config: TranslationConfig, *, name: str | None = None) -> None:
@@ -210,11 +212,8 @@ class Translator:
                 f'model {self.name!r} has no "translation" in its config.json and no chat template, so that nothing'
                 " tells how it translates; use a model that was trained to interpret, or one that answers to a chat"
             )
-        writable = [i for i in range(tokenizer.size) if i not in tokenizer.controls or i == self.end_of_write]
-        self.unwritable = _all_but(writable, vocab_size).to(llm.device)
-        starts = tokenizer.word_starts
-        begin = writable if starts is None else [i for i in writable if i in starts or i == self.end_of_write]
-        self.unable_to_begin = _all_but(begin, vocab_size).to(llm.device)
+        self.unwritable, self.unable_to_begin = write_masks(tokenizer, self.end_of_write, vocab_size).to(llm.device)
+        self.marks = closing_marks(tokenizer, self.end_of_write)
 
     @property
     def policy(self) -> Policy:
@@ -269,6 +268,19 @@ class Translator:
     def _require(self, value: str, known: tuple[str, ...], code: str, what: str) -> None:
         if value not in known:
             raise DragomanError(code, f"model {self.name!r} cannot {what} {value!r}; it knows {', '.join(known)}")
+
+
+def write_masks(tokenizer: Tokenizer, end_of_write: int, vocab_size: int) -> Tensor:
+    """What may not be written, and what may not stand first in a chunk: ``bool[2, vocab_size]``."""
+    writable = [i for i in range(tokenizer.size) if i not in tokenizer.controls or i == end_of_write]
+    starts = tokenizer.word_starts
+    begin = writable if starts is None else [i for i in writable if i in starts or i == end_of_write]
+    return torch.stack([_all_but(ids, vocab_size) for ids in (writable, begin)])
+
+
+def closing_marks(tokenizer: Tokenizer, end_of_write: int) -> frozenset[int]:
+    """What may be written upon an endpoint alone: pieces that are punctuation, and ``<|end-of-write|>``."""
+    return frozenset(i for i in range(tokenizer.size) if i == end_of_write or _is_mark(tokenizer.bytes_of(i)))
 
 
 def prompt_ids(
@@ -348,6 +360,12 @@ def _check_prompt(prompt: str) -> None:
     if unknown := [name for name in fields if name not in PROMPT_FIELDS]:
         known = ", ".join(PROMPT_FIELDS)
         raise _unsupported(f"translation's prompt has the field {{{unknown[0]}}}; known are {known}")
+
+
+def _is_mark(piece: bytes) -> bool:
+    """Whether a piece consists of punctuation, perhaps behind a space."""
+    text = piece.decode("utf-8", errors="replace").strip()
+    return bool(text) and all(unicodedata.category(character)[0] == "P" for character in text)
 
 
 def _all_but(ids: list[int], size: int) -> Tensor:

@@ -15,6 +15,8 @@ along with the draft, the row has advanced by several tokens at once, and all el
 - *A write is forced* after a word that closes a segment, or after the endpoint, a symbol that a model may read behind
   it, and after so many tokens without a write as a quarter of the context. At the latency ``offline`` no other write
   happens.
+- *A write upon an endpoint alone*, when all words have been written upon, ends before the first token that is no mark:
+  what was shown is closed, and no word is added that nobody said.
 - *A write ends*, though the model would go on, at a cap of :func:`write_cap` tokens, and when the last tokens repeat
   (:func:`looping`), of which one repetition is kept.
 - *Context is bounded*: when a row's tokens exceed the model's ``max_context_tokens``, its oldest chunks leave the cache
@@ -35,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -62,6 +65,14 @@ STUCK_CHUNKS = 3
 MAX_LOOP_PERIOD = 16
 #: A choice that no draft has.
 NOTHING = -1
+
+
+class _Place(Enum):
+    """What may stand at a place of a write: anything, what begins a word, or only marks, upon an endpoint alone."""
+
+    GO_ON = 0
+    BEGIN = 1
+    CLOSE = 2
 
 
 @dataclass(frozen=True)
@@ -550,12 +561,16 @@ class Interleaved:
         rows, indices = torch.tensor(asks, device=all_read.device).T
         hidden = all_read[rows, indices]
         logits = t.llm.logits(hidden).float()
-        begins = torch.tensor([_begins(state.rows[b], plans[b], index) for b, index in asks], device=hidden.device)
+        places = [_place(state.rows[b], plans[b], index) for b, index in asks]
+        begins = torch.tensor([place is _Place.BEGIN for place in places], device=hidden.device)
         masked = logits.masked_fill(torch.where(begins[:, None], t.unable_to_begin, t.unwritable), -torch.inf)
         end_of_read = (logits[:, t.end_of_read] - logits.logsumexp(-1)).exp()
         top_k = 0 if self.speculation is None else self.speculation.top_k
         best = masked.topk(top_k).indices.tolist() if top_k else []
-        choices = masked.argmax(-1).tolist()
+        choices = [
+            t.end_of_write if place is _Place.CLOSE and choice not in t.marks else choice
+            for place, choice in zip(places, masked.argmax(-1).tolist(), strict=True)
+        ]
         return _Answers(end_of_read.tolist(), choices, logits, best, hidden, all_read), cache, sizes
 
     # ---------------------------------------------------------------------------------------------------- reading
@@ -713,11 +728,17 @@ class Interleaved:
         cache.positions[b, :n] = positions[0]
 
 
-def _begins(row: Row, plan: _Plan, index: int) -> bool:
-    """Whether the first token of a write is asked for."""
+def _place(row: Row, plan: _Plan, index: int) -> _Place:
+    """Where in a write that is which follows a token of a plan."""
     if row.write is None:
-        return index == len(plan.tokens) and bool(plan.draft.tokens)
-    return not row.write.ids and index < len(plan.tokens)
+        read = row.read + row.queue[: len(plan.words)]
+        first = index == len(plan.tokens) and bool(plan.draft.tokens)
+    else:
+        read = row.read
+        first = not row.write.ids and index < len(plan.tokens)
+    if read and not _count(read):
+        return _Place.CLOSE
+    return _Place.BEGIN if first else _Place.GO_ON
 
 
 def stepped(

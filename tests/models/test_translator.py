@@ -11,7 +11,7 @@ import torch
 
 from models.llm import Llm
 from models.llm_config import LlmConfig
-from models.tokenizer import SentencePieceTokenizer
+from models.tokenizer import SentencePieceTokenizer, decode
 from models.translator import (
     EAST_PROMPT,
     END_OF_READ,
@@ -82,6 +82,8 @@ def test_what_may_be_written() -> None:
     assert t.unwritable[t.tokenizer.size :].all()  # rows of the embedding without a piece
     assert not t.unable_to_begin[t.tokenizer.encode_word("the")[0]]
     assert t.unable_to_begin[list(t.tokenizer.encode_word("🎉")[1:])].all()
+    marks = {decode(t.tokenizer, [i]).strip() for i in t.marks - {t.end_of_write}}
+    assert {".", "?", "!"} <= marks and not any(c.isalnum() or c == "\ufffd" for mark in marks for c in mark or "x")
 
 
 @pytest.mark.parametrize(

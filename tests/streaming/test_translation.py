@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.tokenizer import decode, encode_words
-from models.translator import OWN_ENDPOINT, Translator
+from models.translator import OWN_ENDPOINT, Translator, load_translator
 from streaming import translation
 from streaming.errors import DragomanError
 from streaming.translation import Interleaved, TranslatedChunk, TranslationState, looping, write_cap
@@ -112,9 +112,10 @@ def naive(t: Translator, spoken: Spoken, *, target: str, latency: str) -> list[T
         written: list[int] = []
         rest = [t.end_of_write]
         while True:
-            mask = t.unwritable if written else t.unable_to_begin
+            closing = source == list(t.endpoint)
+            mask = t.unwritable if written or closing else t.unable_to_begin
             token = int(sequence.logits().masked_fill(mask, -torch.inf).argmax())
-            if token == t.end_of_write:
+            if token == t.end_of_write or (closing and token not in t.marks):
                 break
             written.append(token)
             if cut := looping(written):
@@ -312,6 +313,31 @@ def test_an_endpoint_is_read_once_behind_the_last_word_however_late_it_comes(lat
     assert not interpreter.ready(interpreter.feed(state, [], closes=True)), "it is closed already"
     with pytest.raises(DragomanError, match="only the last 0 of an open segment"):
         interpreter.revise(interpreter.feed(state, ["is"], closes=True), 1, [])
+
+
+@few
+@given(seed=seeds, spoken=words_, forwards=st.integers(1, 3))
+def test_upon_an_endpoint_alone_come_only_marks(seed: int, spoken: Spoken, forwards: int) -> None:
+    """All words have been written upon, so that a word more would be one that nobody said."""
+    t = tiny.translator(seed)
+    interpreter, state = opened(t, latency="low")
+    for word, _ in spoken:
+        _, state = run(interpreter, interpreter.feed(state, [word]), forwards)
+        alone = not state.rows[0].read
+        chunks, state = run(interpreter, interpreter.feed(state, [], closes=True), forwards)
+        if alone and chunks:
+            [chunk] = chunks
+            assert not any(character.isalnum() or character == "\ufffd" for character in chunk.delta)
+
+
+@pytest.mark.model
+def test_the_embedded_model_closes_a_sentence_that_it_has_translated_with_a_mark() -> None:
+    t = load_translator()
+    interpreter, state = opened(t)
+    shown, state = run(interpreter, fed(interpreter, state, [(word, False) for word in "we go to the market".split()]))
+    assert not state.rows[0].read, "the last word was written upon"
+    closing, _ = run(interpreter, interpreter.feed(state, [], closes=True))
+    assert "".join(chunk.delta for chunk in shown + closing) == "Vamos al mercado."
 
 
 def test_an_end_reaches_the_last_queued_word_and_the_open_write() -> None:

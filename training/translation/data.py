@@ -48,7 +48,7 @@ from torch import Tensor
 
 from client.normalize import normalize_transcript
 from models.tokenizer import SentencePieceTokenizer, Tokenizer
-from models.translator import END_OF_READ, END_OF_WRITE, OWN_ENDPOINT, TranslationConfig, prompt_ids
+from models.translator import END_OF_READ, END_OF_WRITE, OWN_ENDPOINT, TranslationConfig, closing_marks, prompt_ids
 from streaming.errors import DragomanError
 from training.translation.align import Links, read_aligned, word_stem
 from training.translation.chunks import (
@@ -288,13 +288,13 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, config: TranslationConfig | None = None) -> None:
         self.word: Callable[[str], tuple[int, ...]] = functools.cache(tokenizer.encode_word)
-        self._tokenizer, self._config = tokenizer, config or TranslationConfig(endpoint=OWN_ENDPOINT)
+        self.tokenizer, self._config = tokenizer, config or TranslationConfig(endpoint=OWN_ENDPOINT)
         self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
         self.endpoint = () if self._config.endpoint is None else (self._symbol(self._config.endpoint),)
-        self.unwritable = tokenizer.controls - {self.end_of_write}
+        self.marks = closing_marks(tokenizer, self.end_of_write)
 
     def _symbol(self, symbol: str) -> int:
-        found = self._tokenizer.id_of(symbol)
+        found = self.tokenizer.id_of(symbol)
         if found is None:
             raise DragomanError(
                 "bad_tokenizer", f"the tokenizer has no symbol {symbol}; train it with training.translation.tokenizer"
@@ -304,7 +304,7 @@ class Encoder:
     def begin(self, language: str, latency: str) -> Interleaved:
         """The prompt."""
         sequence = Interleaved()
-        prompt, _ = prompt_ids(self._tokenizer, self._config, "en", language, latency)
+        prompt, _ = prompt_ids(self.tokenizer, self._config, "en", language, latency)
         sequence.add(prompt, PROMPT)
         return sequence
 

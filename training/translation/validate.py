@@ -16,6 +16,7 @@ import torch
 from client.latency import length_adaptive_average_lagging
 from models.llm import Llm
 from models.tokenizer import SentencePieceTokenizer, decode
+from models.translator import write_masks
 from training.translation.chunks import OFFLINE
 from training.translation.data import Encoder
 
@@ -41,6 +42,8 @@ class Reader:
         read: Words that have been read.
         written: Ids.
         delays: Source words that had been read when each was written.
+        upon: Words that had been read when the last chunk ended.
+        begun: Ids that had been written then.
         writing: Whether the row is in the middle of a chunk.
         left: Ids that the chunk may still have.
         ended: Whether the endpoint has been read.
@@ -51,10 +54,17 @@ class Reader:
     read: int = 0
     written: list[int] = field(default_factory=list)
     delays: list[int] = field(default_factory=list)
+    upon: int = 0
+    begun: int = 0
     writing: bool = False
     left: int = 0
     ended: bool = False
     done: bool = False
+
+    @property
+    def closing(self) -> bool:
+        """Whether it writes upon the endpoint alone."""
+        return self.writing and self.upon == self.read
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def translate(
     for row, ids in zip(rows, pending, strict=True):
         _read(row, ids, encoder, offline=latency == OFFLINE)
     limits = [thresholds.get(task.language, 0.5) for task in tasks]
-    unwritable = torch.tensor(sorted(encoder.unwritable), device=net.device)
+    masks = write_masks(encoder.tokenizer, encoder.end_of_write, net.config.vocab_size).to(net.device)
     while any(pending):
         counts = torch.tensor([len(ids) for ids in pending])
         tokens = torch.zeros(len(rows), int(counts.max()), dtype=torch.int64)
@@ -104,8 +114,8 @@ def translate(
         cache = after
         logits = logits[:, -1].float()
         p_end = logits.softmax(-1)[:, encoder.end_of_read].tolist()
-        logits[:, unwritable] = -torch.inf
-        best = logits.argmax(-1).tolist()
+        begins = [int(len(row.written) == row.begun and not row.closing) for row in rows]
+        best = logits.masked_fill(masks[begins], -torch.inf).argmax(-1).tolist()
         pending = [
             _advance(row, p_end[k] >= limits[k], best[k], encoder, offline=latency == OFFLINE)
             for k, row in enumerate(rows)
@@ -144,9 +154,9 @@ def _advance(row: Reader, write: bool, token: int, encoder: Encoder, *, offline:
             _read(row, ids, encoder, offline=offline)
         return ids
     row.left -= 1
-    if token == encoder.end_of_write or row.left <= 0:
+    if token == encoder.end_of_write or row.left <= 0 or (row.closing and token not in encoder.marks):
         ids.append(encoder.end_of_write)
-        row.writing = False
+        row.writing, row.upon, row.begun = False, row.read, len(row.written)
         _read(row, ids, encoder, offline=offline)
         return ids if not row.done else []
     row.written.append(token)
