@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from websockets.frames import Close, CloseCode
+from websockets.frames import CloseCode
 
 from streaming.events import ErrorEvent, Event, TranscriptDelta, TranslationDelta
 
@@ -75,7 +75,7 @@ class Metrics:
             text = "transcript" if isinstance(event, TranscriptDelta) else "translation"
             self.lag_s.labels(text).observe(event.backlog_ms / 1000)
 
-    def ended(self, close: Close | None) -> None:
-        """Count a session's end by the close frame that came first; None where there was none."""
-        code = int(close.code) if close else int(CloseCode.ABNORMAL_CLOSURE)
+    def ended(self, close_code: int | None) -> None:
+        """Count a session's end by the code of the close frame that came first; None where there was none."""
+        code = int(CloseCode.ABNORMAL_CLOSURE) if close_code is None else close_code
         self.closed.labels(str(code) if code in _CLOSE_CODES else "other").inc()  # a client may choose any

@@ -8,7 +8,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +22,11 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
 import server
+import wire.handler
 from models.recognizer import Recognizer
-from streaming.audio import AudioFormat
-from streaming.errors import DragomanError
+from streaming import scheduler
 from streaming.interpreter import translate_ahead
-from streaming.session import Session, SessionConfig, tick
+from streaming.session import Session, tick
 from tests import tiny
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
 
@@ -35,8 +35,8 @@ RATE_16K = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}
 
 @pytest.fixture(autouse=True)
 def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "Session", FakeSession)
-    monkeypatch.setattr(server, "tick", fake_tick)
+    monkeypatch.setattr(scheduler, "Session", FakeSession)
+    monkeypatch.setattr(scheduler, "tick", fake_tick)
 
 
 def pcm(levels: Sequence[float], rate_hz: int = 16_000) -> bytes:
@@ -162,8 +162,8 @@ async def test_translations_come_with_the_audio_that_they_are_of() -> None:
 
 
 async def test_what_is_told_does_not_depend_on_translating_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "Session", Session)
-    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(scheduler, "Session", Session)
+    monkeypatch.setattr(scheduler, "tick", tick)
     noise = (3_000 * np.random.default_rng(2).standard_normal(48_000)).clip(-32_768, 32_767).astype("<i2").tobytes()
     told, audio = [], {**RATE_16K["audio"], "output": {"languages": ["es", "de"]}}
     for ahead in (False, True):
@@ -173,7 +173,7 @@ async def test_what_is_told_does_not_depend_on_translating_ahead(monkeypatch: py
             asked.append(translate_ahead(sessions))
             return asked[-1]
 
-        monkeypatch.setattr(server, "translate_ahead", counted)
+        monkeypatch.setattr(scheduler, "translate_ahead", counted)
         service = running_service(tiny.recognizer(4), tiny.translator(), translate_ahead=ahead)
         async with service as url, connect(url) as connection:
             await send_event(connection, "session.update", session={"audio": audio, "latency": "low"})
@@ -285,20 +285,6 @@ async def test_the_look_ahead_may_change_in_mid_stream_and_nothing_else() -> Non
         assert words(events) == " w20 w40"
 
 
-def test_what_is_kept_of_arrivals_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10_000))
-    monkeypatch.setattr(server.time, "monotonic", lambda: float(next(clock)))
-    stream = server.Stream(asyncio.new_event_loop())
-    stream.session = FakeSession(None, SessionConfig())
-    stream.put(SessionConfig())
-    for _ in range(1_000):
-        stream.put(pcm([0.0]))
-        stream.session.write(pcm([0.0]))
-        stream.session.step()
-        stream.timed(stream.session.take_events())
-    assert len(stream._arrivals) < 3
-
-
 @pytest.mark.parametrize(
     ("encoding", "audio", "code"),
     [
@@ -329,7 +315,7 @@ async def test_a_failure_inside_ends_one_session_and_no_other(
                 raise ZeroDivisionError
             super().write(audio)
 
-    monkeypatch.setattr(server, "Session", Brittle)
+    monkeypatch.setattr(scheduler, "Session", Brittle)
     async with running_service() as url, connect(url) as well, connect(url) as ill:
         await well.send(pcm([0.2], 24_000))
         await ill.send(bytes(666))
@@ -348,7 +334,7 @@ async def test_a_failing_step_does_not_end_the_service(monkeypatch: pytest.Monke
             raise ZeroDivisionError
         fake_tick(sessions)
 
-    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(scheduler, "tick", tick)
     async with running_service() as url:
         assert errors(await talk(url, pcm([0.2]))) == ["internal_error"]
         broken = False
@@ -608,8 +594,8 @@ async def test_the_newest_session_ends_where_all_fall_behind(monkeypatch: pytest
             threading.Event().wait(0.4 * len(sessions))  # two sessions at half the pace of speech
         fake_tick(sessions)
 
-    monkeypatch.setattr(server, "tick", tick)
-    monkeypatch.setattr(server, "_LATE_S", 1.0)
+    monkeypatch.setattr(scheduler, "tick", tick)
+    monkeypatch.setattr(scheduler, "_LATE_S", 1.0)
     async with running_service(max_lag_s=0.9) as url, connect(url) as older, connect(url) as newer:
         speakers = [asyncio.create_task(speak(older, 14))]
         hearer = asyncio.create_task(events_until_closed(older))
@@ -626,33 +612,6 @@ async def test_the_newest_session_ends_where_all_fall_behind(monkeypatch: pytest
         await asyncio.gather(*speakers)
 
 
-def test_the_lag_of_a_file_sent_at_once_is_that_of_its_speech(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock_s = 100.0
-    monkeypatch.setattr(server.time, "monotonic", lambda: clock_s)
-    stream = server.Stream(asyncio.new_event_loop())
-    stream.put(SessionConfig())
-    stream.session = cast(Any, FakeSession(None, SessionConfig()))
-    for _ in range(50):  # 20 s
-        stream.put(pcm([0.2]))
-        stream.session.write(pcm([0.2]))
-    assert stream.lag_s(clock_s) == 0.0
-    assert stream.lag_s(clock_s + 4.2) == pytest.approx(4.0)
-    for _ in range(11):
-        cast(Any, stream.session).step()
-    assert stream.lag_s(clock_s + 4.2) == 0.0
-    clock_s += 60  # what waits now has been due for long
-    assert stream.lag_s(clock_s) == pytest.approx(20 - 4.4)
-    stream.timed([])
-    assert stream.lag_s(clock_s) == pytest.approx(20 - 4.4)
-    while stream.session.ready():
-        cast(Any, stream.session).step()
-    clock_s += 60  # in a pause nothing becomes due
-    stream.put(pcm([0.2] * 10))
-    stream.session.write(pcm([0.2] * 10))
-    assert stream.lag_s(clock_s + 3.9) == 0.0
-    assert stream.lag_s(clock_s + 4.1) == pytest.approx(4.0)
-
-
 async def test_a_message_too_big() -> None:
     async with running_service() as url, connect(url) as connection:
         await connection.send(bytes(2**20 + 1))
@@ -660,9 +619,9 @@ async def test_a_message_too_big() -> None:
         assert connection.close_code == 1009
 
 
-async def until_full(stream: server.Stream) -> None:
+async def until_full(stream: scheduler.Stream) -> None:
     for _ in range(500):
-        if not stream.has_room.is_set():
+        if not stream.has_room:
             return
         await asyncio.sleep(0.01)
     pytest.fail("the session still takes audio after 5 s")
@@ -670,19 +629,19 @@ async def until_full(stream: server.Stream) -> None:
 
 async def test_a_client_that_sends_too_fast_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     may_go_on = threading.Event()
-    made: list[server.Stream] = []
+    made: list[scheduler.Stream] = []
 
-    class Watched(server.Stream):
-        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-            super().__init__(loop)
+    class Watched(scheduler.Stream):
+        def __init__(self, notify: Callable[[], object]) -> None:
+            super().__init__(notify)
             made.append(self)
 
     def tick(sessions: Sequence[FakeSession]) -> None:
         may_go_on.wait(10)
         fake_tick(sessions)
 
-    monkeypatch.setattr(server, "tick", tick)
-    monkeypatch.setattr(server, "Stream", Watched)
+    monkeypatch.setattr(scheduler, "tick", tick)
+    monkeypatch.setattr(wire.handler, "Stream", Watched)
     audio = pcm([0.2, 0.4, 0.6, 0.8, 0.5])  # 2 s
     async with running_service() as url, connect(url, ping_interval=None) as connection:
         await send_event(connection, "session.update", session=RATE_16K)
@@ -696,7 +655,7 @@ async def test_a_client_that_sends_too_fast_is_held_back(monkeypatch: pytest.Mon
         sender = asyncio.create_task(send_all())
         await until_full(made[0])
         await asyncio.sleep(0.2)
-        assert 30 * 32_000 <= sum(map(server._size, made[0].inbox)) < 35 * 32_000
+        assert 30 * 32_000 <= sum(map(scheduler._size, made[0].inbox)) < 35 * 32_000
         may_go_on.set()
         await sender
         events = [json.loads(frame) async for frame in connection]
@@ -717,9 +676,9 @@ async def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.Monkey
             event = self._events[-1]
             self._events[-1] = replace(cast(Any, event), delta="x" * 1_000_000)
 
-    monkeypatch.setattr(server, "Session", Talkative)
-    monkeypatch.setattr(server, "_SEND_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(server, "_MAX_WAITING_EVENTS", 4)
+    monkeypatch.setattr(scheduler, "Session", Talkative)
+    monkeypatch.setattr(wire.handler, "_SEND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(scheduler, "_MAX_WAITING_EVENTS", 4)
     async with running_service(max_sessions=1, metrics=True) as url:
         async with connect(url, max_queue=1, close_timeout=0.1) as connection:
             await send_event(connection, "session.update", session=RATE_16K)
@@ -804,82 +763,3 @@ async def test_transcripts_are_not_logged(caplog: pytest.LogCaptureFixture) -> N
     async with running_service() as url:
         await talk(url, pcm([0.33]))
     assert "w33" not in caplog.text
-
-
-def update(**session: Any) -> str:
-    return json.dumps({"type": "session.update", "session": session})
-
-
-def test_settings_of_a_session() -> None:
-    fmt = {"type": "audio/pcm", "rate": 8_000, "channels": 2, "encoding": "f32le"}
-    text = update(
-        audio={"input": {"format": fmt}, "output": {"languages": ["es", "de", "es"]}},
-        max_lookahead_ms=480,
-        decoder="ctc",
-        endpoint_silence_ms=500,
-        latency="low-medium",
-        glossary={"graphics card": {"de": "Grafikkarte"}},
-    )
-    assert server.parse_message(text) == SessionConfig(
-        AudioFormat("f32le", 8_000, 2),
-        480,
-        "ctc",
-        500,
-        languages=("es", "de"),
-        latency="low-medium",
-        glossary={"graphics card": {"de": "Grafikkarte"}},
-    )
-    for output in ({"language": "es"}, {"languages": ["es"]}, {"language": "es", "languages": None}):
-        message = server.parse_message(update(audio={"output": output}))
-        assert isinstance(message, SessionConfig)
-        assert message.languages == ("es",)
-    defaults = SessionConfig(AudioFormat(sample_rate_hz=24_000))
-    nothing = {"audio": {"output": {"languages": []}}, "latency": None, "glossary": None}
-    for empty in (
-        '{"type": "session.update"}',
-        update(),
-        update(audio=None),
-        update(audio={"input": {}}),
-        update(**nothing),
-    ):
-        assert server.parse_message(empty) == defaults
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "named"),
-    [
-        ("", "invalid_json", "JSON"),
-        ("null", "unknown_event", "None"),
-        ('{"type": ["session.close"]}', "unknown_event", "session.close"),
-        ('{"type": "session.close", "now": 1}', "unknown_field", "'now'"),
-        ('{"type": "session.input_audio_buffer.append", "audio": 5}', "invalid_value", "audio"),
-        ('{"type": "session.input_audio_buffer.append", "audio": "é"}', "invalid_value", "base64"),
-        (update(colour="red"), "unknown_field", "session has no field 'colour'"),
-        (update(audio={"input": {"rate": 1}}), "unknown_field", "session.audio.input has no field 'rate'"),
-        (update(audio=[1]), "invalid_value", "session.audio is"),
-        (update(audio={"input": {"format": {"rate": "16000"}}}), "invalid_value", "format.rate"),
-        (update(audio={"input": {"format": {"rate": True}}}), "invalid_value", "format.rate"),
-        (update(audio={"input": {"format": {"rate": 4_000}}}), "unsupported_rate", "4000"),
-        (update(audio={"input": {"format": {"channels": 9}}}), "unsupported_channels", "9"),
-        (update(audio={"input": {"format": {"encoding": "x"}}}), "unsupported_encoding", "x"),
-        (update(audio={"input": {"format": {"type": "audio/pcmu"}}}), "unsupported_encoding", "audio/pcmu"),
-        (update(audio={"output": {"languages": "es"}}), "invalid_value", "session.audio.output.languages is 'es'"),
-        (update(audio={"output": {"languages": [["es"]]}}), "invalid_value", "it must be a list of languages"),
-        (update(audio={"output": {"language": ["es"]}}), "invalid_value", "session.audio.output.language is"),
-        (update(audio={"output": {"language": "es", "languages": ["de"]}}), "invalid_value", "send one of them"),
-        (update(audio={"output": {"voice": "x"}}), "unknown_field", "session.audio.output has no field 'voice'"),
-        (update(latency=2), "invalid_value", "session.latency is 2"),
-        (update(latency="slow"), "unsupported_latency", "choose one of low, low-medium, medium, medium-high, high"),
-        (update(glossary=["firmware"]), "bad_glossary", "it is an object of terms"),
-        (update(glossary={"firmware": "es"}), "bad_glossary", "'firmware' has to be an object of languages"),
-        (update(glossary={"firmware": {"es": 1}}), "bad_glossary", "needs terms of 1 to 8 words, not 1"),
-        (update(max_lookahead_ms=1.5), "invalid_value", "session.max_lookahead_ms"),
-        (update(**{"x" * 1000: 1}), "unknown_field", "xxx..."),
-    ],
-)
-def test_what_a_client_can_get_wrong(text: str, code: str, named: str) -> None:
-    with pytest.raises(DragomanError) as caught:
-        server.parse_message(text)
-    assert caught.value.code == code
-    assert named in str(caught.value)
-    assert len(str(caught.value)) < 300

@@ -15,6 +15,7 @@ from websockets.asyncio.server import ServerConnection
 
 import server
 from client.connection import ServiceError, connect, connect_sync, exchange, to_bytes
+from streaming import scheduler
 from streaming.audio import AudioFormat, AudioNormalizer
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated, TranslationDelta
@@ -26,8 +27,8 @@ TEXT = " w20 w40 w60"
 
 @pytest.fixture(autouse=True)
 def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "Session", FakeSession)
-    monkeypatch.setattr(server, "tick", fake_tick)
+    monkeypatch.setattr(scheduler, "Session", FakeSession)
+    monkeypatch.setattr(scheduler, "tick", fake_tick)
 
 
 def pcm(levels: Sequence[float] = LEVELS) -> bytes:
@@ -239,7 +240,7 @@ async def test_a_service_that_is_behind_holds_the_sender_back(monkeypatch: pytes
         may_go_on.wait(10)
         fake_tick(sessions)
 
-    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(scheduler, "tick", tick)
     audio = pcm([0.2] * 50)  # 20 s
     sent_s = 0
     async with running_service() as url, connect(url) as session:
@@ -276,8 +277,8 @@ async def test_events_that_nobody_takes_hold_the_service_back(monkeypatch: pytes
             event: Any = self._events[-1]
             self._events[-1] = event.__class__(**{**vars(event), "delta": " " + "x" * 400_000})
 
-    monkeypatch.setattr(server, "Session", Talkative)
-    monkeypatch.setattr(server, "_MAX_WAITING_EVENTS", 4)
+    monkeypatch.setattr(scheduler, "Session", Talkative)
+    monkeypatch.setattr(scheduler, "_MAX_WAITING_EVENTS", 4)
     monkeypatch.setattr("client.connection._WAITING_EVENTS", 4)
     async with running_service() as url, connect(url) as session:
         await session.send(pcm([0.2] * 70))  # fits into what may wait for the engine

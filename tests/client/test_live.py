@@ -22,6 +22,7 @@ from client.files import AudioFile
 from client.live import stream
 from client.output import OutputFormat, make_writer
 from client.progress import Display
+from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
@@ -33,8 +34,8 @@ TEXT = "w20 w40 w60\n"
 
 @pytest.fixture(autouse=True)
 def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "Session", FakeSession)
-    monkeypatch.setattr(server, "tick", fake_tick)
+    monkeypatch.setattr(scheduler, "Session", FakeSession)
+    monkeypatch.setattr(scheduler, "tick", fake_tick)
 
 
 @pytest.fixture

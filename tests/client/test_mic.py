@@ -19,7 +19,6 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
-import server
 from client import mic
 from client.cli import app
 from client.mic import listen, own_service, save_as
@@ -28,6 +27,7 @@ from client.output import OutputFormat
 from client.view import make_view
 from models.recognizer import Recognizer
 from models.translator import Translator
+from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from tests import fake_sounddevice
@@ -44,8 +44,8 @@ ENGLISH_SRT = (
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "Session", FakeSession)
-    monkeypatch.setattr(server, "tick", fake_tick)
+    monkeypatch.setattr(scheduler, "Session", FakeSession)
+    monkeypatch.setattr(scheduler, "tick", fake_tick)
     monkeypatch.setitem(sys.modules, "sounddevice", fake_sounddevice)
 
 
@@ -184,8 +184,8 @@ async def test_an_engine_that_is_behind_loses_audio_and_keeps_the_callback_free(
         time.sleep(0.1)
         fake_tick(sessions)
 
-    monkeypatch.setattr(server, "tick", tick)
-    monkeypatch.setattr(server, "_MAX_WAITING_S", 2)
+    monkeypatch.setattr(scheduler, "tick", tick)
+    monkeypatch.setattr(scheduler, "_MAX_WAITING_S", 2)
     monkeypatch.setattr("client.microphone._MAX_WAITING_S", 2)
     monkeypatch.setattr(fake_sounddevice, "SLOWEST_CALLBACK_S", 0.0)
     audio = plays([0.2, 0.4, 0] * 50, pace=0)  # 60 s at once
@@ -199,9 +199,9 @@ async def test_an_engine_that_is_behind_loses_audio_and_keeps_the_callback_free(
 
 PROGRAM = (
     "import tests.fake_sounddevice as f; f.install()\n"
-    "import server, models.checkpoint as c, models.translator as m\n"
+    "import streaming.scheduler as s, models.checkpoint as c, models.translator as m\n"
     "from tests.fakes import *\n"
-    "server.Session, server.tick = FakeSession, fake_tick\n"
+    "s.Session, s.tick = FakeSession, fake_tick\n"
     "c.load_recognizer = lambda path, **_: FakeRecognizer()\n"
     "m.load_translator = lambda path, **_: FakeTranslator()\n"
     "from client.cli import app; app()\n"

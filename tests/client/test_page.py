@@ -15,6 +15,7 @@ import soundfile
 import server
 from client.output import OutputFormat, make_writer
 from models.recognizer import Recognizer
+from streaming import scheduler
 from streaming.events import Event, TranscriptDelta, TranslationDelta, Word, parse_event
 from tests.browser import Page, needs_chromium, open_page
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
@@ -28,8 +29,8 @@ HEARD: Final = [0.2, 0.4, 0.6, 0, 0, 0.8, 0.3, 0.5, 0, 0] * 10
 
 @pytest.fixture(autouse=True)
 def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "Session", FakeSession)
-    monkeypatch.setattr(server, "tick", fake_tick)
+    monkeypatch.setattr(scheduler, "Session", FakeSession)
+    monkeypatch.setattr(scheduler, "tick", fake_tick)
 
 
 @pytest.fixture
@@ -460,8 +461,8 @@ async def test_the_sample_with_the_embedded_models(tmp_path: Path, monkeypatch: 
     from models.translator import load_translator
     from streaming.session import Session, SessionConfig, tick
 
-    monkeypatch.setattr(server, "Session", Session)
-    monkeypatch.setattr(server, "tick", tick)
+    monkeypatch.setattr(scheduler, "Session", Session)
+    monkeypatch.setattr(scheduler, "tick", tick)
     recognizer, translator = load_recognizer(), load_translator()
     sample = Path(__file__).parents[2] / "samples" / "jfk.flac"
     samples, rate_hz = soundfile.read(sample, dtype="float32")

@@ -6,6 +6,8 @@ from typing import Final
 
 import server
 from metrics import REFUSALS, Metrics
+from streaming import scheduler
+from wire import handler
 
 TEXT: Final = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
 
@@ -33,8 +35,8 @@ def test_the_defaults() -> None:
     assert (defaults.max_session_s, defaults.max_lag_s, defaults.metrics) == (None, None, False)
     assert f"`--drain-s` ({defaults.drain_s:g} s)" in TEXT
     assert f"for which it waits {server._GOODBYE_TIMEOUT_S:g} s more" in TEXT
-    assert f"may be behind for {server._LATE_S:g} s" in TEXT
-    assert f"did not take an event in {server._SEND_TIMEOUT_S:g} s" in TEXT
+    assert f"may be behind for {scheduler._LATE_S:g} s" in TEXT
+    assert f"did not take an event in {handler._SEND_TIMEOUT_S:g} s" in TEXT
 
 
 def test_links_within_the_page_lead_somewhere() -> None:

@@ -11,6 +11,7 @@ import pytest
 import server
 from models.recognizer import Recognizer
 from models.translator import LATENCIES, Translator
+from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.events import (
     ErrorEvent,
@@ -23,6 +24,9 @@ from streaming.events import (
 )
 from streaming.session import SessionConfig
 from tests.fakes import FakeRecognizer, FakeTranslator
+from wire import handler
+from wire.messages import CloseCode, Command, LookaheadChange
+from wire.translations import describe, parse_message
 
 ROOT: Final = Path(__file__).parents[2]
 TEXT: Final = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -35,14 +39,14 @@ def examples(text: str, fence: str = "json") -> list[str]:
 
 @pytest.mark.parametrize("example", examples(CLIENT))
 def test_what_a_client_may_send(example: str) -> None:
-    server.parse_message(example)
+    parse_message(example)
 
 
 def test_every_event_of_a_client_has_an_example() -> None:
     shown = {json.loads(example)["type"] for example in examples(CLIENT)}
-    assert shown == {"session.update", "session.input_audio_buffer.append", *(c.value for c in server.Command)}
+    assert shown == {"session.update", "session.input_audio_buffer.append", *(c.value for c in Command)}
     (later,) = examples(CLIENT, "json later")
-    assert server.parse_message(later, declared=True) == server.LookaheadChange(160)
+    assert parse_message(later, declared=True) == LookaheadChange(160)
     full = json.loads(examples(CLIENT)[0])
     assert set(full["session"]) == set(described()) - {"model", "translator"}
     assert full["session"]["audio"]["input"]["format"].keys() == described()["audio"]["input"]["format"].keys()
@@ -68,7 +72,7 @@ def test_every_event_of_the_service_has_an_example() -> None:
 
 def described() -> dict[str, Any]:
     config = SessionConfig(AudioFormat(sample_rate_hz=24_000))
-    return server.describe(config, cast(Recognizer, FakeRecognizer()), cast(Translator, FakeTranslator()))
+    return describe(config, cast(Recognizer, FakeRecognizer()), cast(Translator, FakeTranslator()))
 
 
 def test_the_defaults() -> None:
@@ -86,7 +90,8 @@ def test_the_defaults() -> None:
 def test_every_code_of_an_error_is_listed_with_what_to_do() -> None:
     listed = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", SERVICE.split("\n## Errors\n")[1], re.M)
     assert len(listed) == len(set(listed))
-    files = ["server.py", *(f"streaming/{name}.py" for name in ("audio", "glossary", "interpreter", "session"))]
+    files = ["server.py", "wire/handler.py", "wire/fields.py", "wire/translations.py"]
+    files += [f"streaming/{name}.py" for name in ("audio", "glossary", "interpreter", "scheduler", "session")]
     used = {code for name in files for code in codes((ROOT / name).read_text("utf-8"))}
     # A client can send nothing to a session that has ended.
     assert set(listed) == used - {"session_closed"}
@@ -109,22 +114,20 @@ def codes(source: str) -> set[str]:
 
 
 def test_limits_and_close_codes() -> None:
-    assert server._MAX_MESSAGE_BYTES == 2**20
+    assert handler.MAX_MESSAGE_BYTES == 2**20
     limits = SERVICE.split("\n## Limits\n")[1]
     defaults = server.Settings()
     for number in (
         f"`--max-sessions`, {defaults.max_sessions} ",
-        f" {server._MAX_WAITING_S} s, or {server._MAX_WAITING_MESSAGES:,} messages ",
-        f" {server._MAX_WAITING_EVENTS} ",
-        f" {server._SEND_TIMEOUT_S:g} s ",
+        f" {scheduler._MAX_WAITING_S} s, or {scheduler._MAX_WAITING_MESSAGES:,} messages ",
+        f" {scheduler._MAX_WAITING_EVENTS} ",
+        f" {handler._SEND_TIMEOUT_S:g} s ",
         f" {defaults.idle_timeout_s:g} s ",
-        f" audio that a session is behind for {server._LATE_S:g} s ",
+        f" audio that a session is behind for {scheduler._LATE_S:g} s ",
     ):
         assert f"|{number}|" in limits or f"| {number.strip()} |" in limits
     listed = set(map(int, re.findall(r"^\| (1\d{3}) \|", SERVICE, re.M)))
-    source = (ROOT / "server.py").read_text("utf-8")
-    used = {server.CloseCode[name].value for name in re.findall(r"CloseCode\.([A-Z_]+)", source)}
-    assert listed == used | {1009}
+    assert listed == {*map(int, CloseCode), 1009}
     (health,) = examples(SERVICE.split("\n## Health and readiness\n")[1])
     assert json.loads(health).keys() == {"status", "sessions", "max_sessions"}
 

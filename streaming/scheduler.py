@@ -1,0 +1,346 @@
+"""The engine: one thread that computes for all sessions, and takes those that have enough audio into one batch.
+
+    client's side: put → inbox → engine: write, tick → outbox → client's side
+
+Both queues are bounded by what the client's side looks at before it goes on: `Stream.has_room` before it reads, and
+the engine, which computes nothing for a session whose events nobody takes.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from models.recognizer import Recognizer
+from models.translator import Translator
+from streaming.audio import AudioFormat
+from streaming.errors import DragomanError
+from streaming.events import (
+    ErrorEvent,
+    Event,
+    SessionClosed,
+    SessionUpdated,
+    TranscriptDelta,
+    TranslationDelta,
+)
+from streaming.interpreter import translate_ahead
+from streaming.session import Session, SessionConfig, tick
+from streaming.speculation import Speculation
+from wire.messages import DEFAULTS, ClientMessage, CloseCode, Command, LookaheadChange
+
+_MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
+_MAX_WAITING_MESSAGES: Final = 1_000
+_MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
+_MAX_AHEAD: Final = 4  # sessions that are translated ahead together
+_LATE_S: Final = 5.0  # how long a session may lag by more than it should
+
+logger = logging.getLogger(__name__)
+
+
+class _Arrival(NamedTuple):
+    """Audio that came in."""
+
+    audio_ms: float  # the session's, with this
+    at_s: float  # the clock when it came
+    due_s: float  # and when it would be over, were it spoken from then on
+
+
+class Stream:
+    """One client's session: its queues on the client's side, its state on the engine's.
+
+    Args:
+        notify: Called on any thread when something was told, or when there is room for messages again.
+    """
+
+    def __init__(self, notify: Callable[[], object]) -> None:
+        self.session: Session | None = None  # the engine's
+        self.inbox: deque[ClientMessage] = deque()
+        self.outbox: deque[Event | CloseCode] = deque()
+        self.declared = False  # the client has said what it will send
+        self.ended = False  # no more audio is taken
+        self.over = False  # nothing more is to be computed
+        self._notify = notify
+        self._put_bytes = 0  # counted on the client's side
+        self._taken_bytes = 0  # counted on the engine's
+        self._max_waiting_bytes = 0
+        self._format = AudioFormat()
+        self._heard_bytes = 0
+        self._arrivals: deque[_Arrival] = deque()
+        self._due_s = 0.0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Audio that waits for the engine."""
+        return self._put_bytes - self._taken_bytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may come; what comes when all is over is passed over."""
+        full = self.waiting_bytes > self._max_waiting_bytes or len(self.inbox) > _MAX_WAITING_MESSAGES
+        return self.over or not full
+
+    def put(self, message: ClientMessage) -> None:
+        """Queue a message for the engine, after the defaults if it is the first; called on the client's side."""
+        if isinstance(message, SessionConfig):
+            self.declared = True
+            self._format = message.audio
+            self._max_waiting_bytes = _MAX_WAITING_S * self.bytes_per_s
+        elif not self.declared:
+            self.put(DEFAULTS)
+        if isinstance(message, bytes):
+            self._arrive(len(message))
+        self.ended |= message is Command.CLOSE
+        self._put_bytes += _size(message)
+        self.inbox.append(message)
+
+    def finish(self, code: str, message: str) -> None:
+        """End the audio with an error, unless it has ended; the last words still come. Called on the client's side."""
+        if not self.ended and not self.over:
+            self.tell(ErrorEvent(0, code, message))
+            self.put(Command.CLOSE)
+
+    def _arrive(self, size_bytes: int) -> None:
+        now_s = time.monotonic()
+        self._heard_bytes += size_bytes
+        self._due_s = max(now_s, self._due_s) + size_bytes / self.bytes_per_s
+        self._arrivals.append(_Arrival(1000 * self._heard_bytes / self.bytes_per_s, now_s, self._due_s))
+
+    @property
+    def bytes_per_s(self) -> int:
+        """Of the audio as the client sends it."""
+        return self._format.sample_rate_hz * self._format.bytes_per_sample
+
+    def lag_s(self, now_s: float) -> float:
+        """Audio that is here, would be over by now at the pace of speech, and is not decided.
+
+        A file that a client sends at once lags no more than the same file spoken would. Called on the engine's thread.
+        """
+        if self.session is None:
+            return 0.0
+        due_ms = max((arrival.audio_ms for arrival in self._arrivals.copy() if arrival.due_s <= now_s), default=0.0)
+        return max(0.0, due_ms - self.session.decided_ms) / 1000
+
+    def timed(self, events: Sequence[Event]) -> list[Event]:
+        """Write into deltas how long the audio that they needed has been here; called on the engine's thread."""
+        now, timed, arrivals = time.monotonic(), list(events), self._arrivals.copy()  # more may come meanwhile
+        for i, event in enumerate(events):
+            if isinstance(event, TranscriptDelta | TranslationDelta) and event.emitted_ms is not None:
+                needed_ms = event.emitted_ms
+                arrived = next((a.at_s for a in arrivals if a.audio_ms >= needed_ms), now)
+                timed[i] = replace(event, backlog_ms=round(1000 * (now - arrived)))
+        decided_ms = self.session.decided_ms if self.session else 0
+        while self._arrivals and self._arrivals[0].audio_ms < decided_ms:
+            self._arrivals.popleft()
+        return timed
+
+    def take(self) -> ClientMessage:
+        """The next message for the engine, on whose thread this is called."""
+        was_full = not self.has_room
+        message = self.inbox.popleft()
+        self._taken_bytes += _size(message)
+        if was_full:
+            self._notify()
+        return message
+
+    def tell(self, *told: Event | CloseCode) -> None:
+        """Queue events for the client, and at last the code to close with; called on any thread."""
+        if told:
+            self.outbox.extend(told)
+            self._notify()
+
+    def fail(self, code: str, message: str, close_code: CloseCode) -> None:
+        """End the session with an error; called on any thread."""
+        self.over = True
+        self.tell(ErrorEvent(0, code, message), close_code)
+
+
+def _size(message: ClientMessage) -> int:
+    return len(message) if isinstance(message, bytes) else 0
+
+
+class Engine:
+    """The one thread that computes, for all sessions together.
+
+    Args:
+        recognizer: The model.
+        translator: What translates, if sessions may ask for it.
+        speculation: Shared by the sessions; None for none.
+        describe: The settings of a session as its client is told them.
+        ticked: Told of each step: how many sessions it advanced, and the seconds that it took.
+        ahead: Whether to translate what has not been told yet while there is nothing else to do.
+        max_lag_s: Seconds that a session may be behind before the newest that lags is ended; None for no limit.
+    """
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        translator: Translator | None,
+        speculation: Speculation | None,
+        *,
+        describe: Callable[[SessionConfig], dict[str, Any]],
+        ticked: Callable[[int, float], object],
+        ahead: bool = False,
+        max_lag_s: float | None = None,
+    ) -> None:
+        self._recognizer = recognizer
+        self._translator = translator
+        self._speculation = speculation
+        self._describe = describe
+        self._ticked = ticked
+        self._ahead = ahead
+        self._max_lag_s = max_lag_s
+        self._late_since_s: dict[Stream, float] = {}
+        self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions there are."""
+        return len(self._streams)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Audio that waits for the engine."""
+        return sum(stream.waiting_bytes for stream in self._streams)
+
+    @property
+    def waiting_events(self) -> int:
+        """Events that wait for their clients."""
+        return sum(len(stream.outbox) for stream in self._streams)
+
+    def add(self, stream: Stream) -> None:
+        """Begin to work for a session."""
+        self._streams = [*self._streams, stream]
+
+    def remove(self, stream: Stream) -> None:
+        """Forget a session."""
+        self._streams = [other for other in self._streams if other is not stream]
+
+    def wake(self) -> None:
+        """Tell that there may be something to do: a message came in, or room for events."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread after its present step."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+
+    def end_all(self, code: str, message: str, close_code: CloseCode) -> None:
+        """End every session with the same error."""
+        for stream in self._streams:
+            stream.fail(code, message, close_code)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait()
+            self._wake.clear()
+            while not self._stopping and self._step():
+                pass
+
+    def _step(self) -> bool:
+        """Take in what has come and make one step for all that are ready; False if there was nothing."""
+        streams = [s for s in self._streams if not s.over and len(s.outbox) < _MAX_WAITING_EVENTS]
+        fed = [self._guard([stream], partial(self._feed, stream)) for stream in streams]
+        ready = {s: s.session for s in streams if not s.over and s.session and s.session.ready()}
+        if ready:
+            self._guard(list(ready), partial(self._tick, list(ready.values())))
+        for stream in streams:
+            self._guard([stream], partial(self._collect, stream))
+        self._relieve(streams)
+        return any(fed) or bool(ready) or (self._ahead and self._translate_ahead(streams))
+
+    def _tick(self, sessions: Sequence[Session]) -> None:
+        began_s = time.perf_counter()
+        tick(sessions)
+        self._ticked(len(sessions), time.perf_counter() - began_s)
+
+    def _relieve(self, streams: Sequence[Stream]) -> None:
+        """Where one session has lagged for too long, end the newest that lags: the others get its share."""
+        if self._max_lag_s is None:
+            return
+        now_s = time.monotonic()
+        lags_s = {s: s.lag_s(now_s) for s in streams if not s.over}
+        late = [s for s, lag_s in lags_s.items() if lag_s > self._max_lag_s]
+        self._late_since_s = {s: self._late_since_s.get(s, now_s) for s in late}
+        if any(now_s - since_s >= _LATE_S for since_s in self._late_since_s.values()):
+            # The oldest is late first. One that came after it and will soon be as late goes before it.
+            newest = [s for s, lag_s in lags_s.items() if lag_s > self._max_lag_s / 2][-1]
+            sentence = f"the service is overloaded, and this session {lags_s[newest]:.1f} s behind:"
+            newest.fail("overloaded", f"{sentence} connect again in a while", CloseCode.TRY_AGAIN_LATER)
+            self._late_since_s = {}  # it takes a while to see what that did for the others
+
+    def _translate_ahead(self, streams: Sequence[Stream]) -> bool:
+        """One forward for a few sessions, so short that what comes meanwhile hardly waits; False if none is needed."""
+        expecting = {s: s.session for s in streams if not s.over and s.session and s.session.expects}
+        some = dict(list(expecting.items())[:_MAX_AHEAD])
+        return self._guard(list(some), partial(translate_ahead, list(some.values())))
+
+    def _feed(self, stream: Stream) -> bool:
+        """Hand over messages until the session can make a step; False if there was none."""
+        fed = False
+        while stream.inbox and not (stream.session is not None and stream.session.ready()):
+            message = stream.take()
+            fed = True
+            if isinstance(message, SessionConfig):
+                stream.session = Session(self._recognizer, message, self._translator, self._speculation)
+                stream.tell(self._updated(message))
+                continue
+            assert stream.session is not None, "the first message declares the session"
+            if isinstance(message, bytes):
+                try:
+                    stream.session.write(message)
+                except DragomanError:
+                    self._flush(stream, stream.session)  # what was said before
+                    raise
+            elif isinstance(message, LookaheadChange):
+                self._change(stream, stream.session, message)
+            elif message is Command.FLUSH:
+                self._flush(stream, stream.session)
+            else:
+                stream.session.close_input()
+        return fed
+
+    def _change(self, stream: Stream, session: Session, change: LookaheadChange) -> None:
+        try:
+            session.set_max_lookahead_ms(change.max_lookahead_ms)
+        except DragomanError as error:
+            stream.tell(ErrorEvent(0, error.code, str(error)))
+        else:
+            stream.tell(self._updated(session.config))
+
+    def _updated(self, config: SessionConfig) -> SessionUpdated:
+        return SessionUpdated(self._describe(config), 0)
+
+    def _flush(self, stream: Stream, session: Session) -> None:
+        stream.tell(*stream.timed([*session.take_events(), *session.flush()]))
+
+    def _collect(self, stream: Stream) -> None:
+        if stream.session is None or stream.over:
+            return
+        events = stream.timed(stream.session.take_events())
+        stream.tell(*events)
+        if any(isinstance(event, SessionClosed) for event in events):
+            stream.over = True
+            stream.tell(CloseCode.NORMAL_CLOSURE)
+
+    def _guard(self, streams: Sequence[Stream], work: Callable[[], bool | None]) -> bool:
+        """Do some work for some sessions; what goes wrong in it ends these and no others."""
+        try:
+            return bool(work())
+        except DragomanError as error:
+            failure = (error.code, str(error), CloseCode.INVALID_DATA)
+        except Exception:
+            logger.exception("%d sessions end with an internal error", len(streams))
+            message = "the server failed while it worked on this session: connect again"
+            failure = ("internal_error", message, CloseCode.INTERNAL_ERROR)
+        for stream in streams:
+            stream.fail(*failure)
+        return True
