@@ -169,6 +169,8 @@ class HuggingFaceTokenizer:
         self.controls = frozenset(self._special.values()) | ({unknown} if unknown is not None else set())
         self.word_starts: frozenset[int] | None = None
         self._adds_space = self._decode(self._encode("a")).startswith(b" ")
+        #: What it would put before every text by itself, such as the symbol that begins a text.
+        self.opening = "".join(self._tokenizer.encode("").tokens)
         self.chat = ChatTemplate.read(folder)
         self.encode_word = lru_cache(_CACHED_WORDS)(self._encode_word)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from models.folder import CONFIG, read_object, required_file, write_model
 from models.llm import Llm, load_llm
 from models.llm_config import LlmConfig
-from models.tokenizer import SENTENCEPIECE, ChatTemplate, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from models.tokenizer import SENTENCEPIECE, ChatTemplate, Tokenizer, load_tokenizer
 from streaming.errors import DragomanError
 
 Latency = Literal["low", "low-medium", "medium", "medium-high", "high", "offline"]
@@ -170,60 +170,32 @@ class Direction:
     answer: tuple[int, ...] = ()
 
 
-class Translator:
-    """A frozen language model that interprets; immutable, and shared by every session.
+class AnyTranslator:
+    """What a session has to know of a language model that translates, wherever its weights are.
 
     Args:
-        llm: The weights, frozen, on their device and in their dtype.
         tokenizer: Its tokenizer.
         config: How it was trained to interpret, or by which policy it is made to.
-        name: What it calls itself; None for the language model's name.
+        name: What it calls itself.
 
     Raises:
-        DragomanError: ``bad_checkpoint`` if the tokenizer has more ids than the model, ``unsupported_model`` if an
-            interleaved model's tokenizer lacks the two symbols, or a fallback's a chat template.
-
-    Attributes:
-        end_of_read: Id of ``<|end-of-read|>``; -1 in a fallback.
-        end_of_write: Id of ``<|end-of-write|>``; in a fallback, -1.
-        endpoint: Ids that are read at the end of a segment, one or none.
-        unwritable: ``bool[vocab_size]`` on the model's device: controls but ``<|end-of-write|>``, and ids without text.
-        unable_to_begin: ``bool[vocab_size]``: what may not stand first in a chunk either, because it begins no word.
-        marks: Tokens that close what was shown: signs of punctuation, and ``<|end-of-write|>``.
+        DragomanError: ``unsupported_model`` if a policy decides and the tokenizer has no chat template.
     """
 
-    def __init__(self, llm: Llm, tokenizer: Tokenizer, config: TranslationConfig, *, name: str | None = None) -> None:
-        self.llm = llm
+    def __init__(self, tokenizer: Tokenizer, config: TranslationConfig, name: str) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.name = name or llm.config.name
-        vocab_size = llm.config.vocab_size
-        if tokenizer.size > vocab_size:
-            raise DragomanError(
-                "bad_checkpoint", f"the tokenizer has {tokenizer.size} pieces, the model of {self.name!r} {vocab_size}"
-            )
-        self.end_of_read, self.end_of_write = -1, -1
-        self.endpoint: tuple[int, ...] = ()
-        if config.kind == "interleaved":
-            self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
-            self.endpoint = () if config.endpoint is None else (self._symbol(config.endpoint),)
-        elif _chat(tokenizer) is None:
+        self.name = name
+        if config.kind != "interleaved" and _chat(tokenizer) is None:
             raise _unsupported(
-                f'model {self.name!r} has no "translation" in its config.json and no chat template, so that nothing'
+                f'model {name!r} has no "translation" in its config.json and no chat template, so that nothing'
                 " tells how it translates; use a model that was trained to interpret, or one that answers to a chat"
             )
-        self.unwritable, self.unable_to_begin = write_masks(tokenizer, self.end_of_write, vocab_size).to(llm.device)
-        self.marks = closing_marks(tokenizer, self.end_of_write)
 
     @property
     def policy(self) -> Policy:
         """Who decides when to write: the model itself (``interleaved``) or a declared fallback."""
         return self.config.kind
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.llm.device
 
     def direction(self, target: str, latency: str = "medium", *, source: str | None = None) -> Direction:
         """What a row that translates so begins with.
@@ -256,6 +228,54 @@ class Translator:
         """Ids of a source word, in the casing that the model knows."""
         return self.tokenizer.encode_word(word.lower() if self.config.casing == "lower" else word)
 
+    def _require(self, value: str, known: tuple[str, ...], code: str, what: str) -> None:
+        if value not in known:
+            raise DragomanError(code, f"model {self.name!r} cannot {what} {value!r}; it knows {', '.join(known)}")
+
+
+class Translator(AnyTranslator):
+    """A frozen language model that interprets; immutable, and shared by every session.
+
+    Args:
+        llm: The weights, frozen, on their device and in their dtype.
+        tokenizer: As in :class:`AnyTranslator`.
+        config: As there.
+        name: What it calls itself; None for the language model's name.
+
+    Raises:
+        DragomanError: ``bad_checkpoint`` if the tokenizer has more ids than the model, ``unsupported_model`` if an
+            interleaved model's tokenizer lacks the two symbols, or a fallback's a chat template.
+
+    Attributes:
+        end_of_read: Id of ``<|end-of-read|>``; -1 in a fallback.
+        end_of_write: Id of ``<|end-of-write|>``; in a fallback, -1.
+        endpoint: Ids that are read at the end of a segment, one or none.
+        unwritable: ``bool[vocab_size]`` on the model's device: controls but ``<|end-of-write|>``, and ids without text.
+        unable_to_begin: ``bool[vocab_size]``: what may not stand first in a chunk either, because it begins no word.
+        marks: Tokens that close what was shown: signs of punctuation, and ``<|end-of-write|>``.
+    """
+
+    def __init__(self, llm: Llm, tokenizer: Tokenizer, config: TranslationConfig, *, name: str | None = None) -> None:
+        super().__init__(tokenizer, config, name or llm.config.name)
+        self.llm = llm
+        vocab_size = llm.config.vocab_size
+        if tokenizer.size > vocab_size:
+            raise DragomanError(
+                "bad_checkpoint", f"the tokenizer has {tokenizer.size} pieces, the model of {self.name!r} {vocab_size}"
+            )
+        self.end_of_read, self.end_of_write = -1, -1
+        self.endpoint: tuple[int, ...] = ()
+        if config.kind == "interleaved":
+            self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
+            self.endpoint = () if config.endpoint is None else (self._symbol(config.endpoint),)
+        self.unwritable, self.unable_to_begin = write_masks(tokenizer, self.end_of_write, vocab_size).to(llm.device)
+        self.marks = closing_marks(tokenizer, self.end_of_write)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.llm.device
+
     def _symbol(self, symbol: str) -> int:
         found = self.tokenizer.id_of(symbol)
         if found is None:
@@ -264,10 +284,6 @@ class Translator:
                 ' control piece; take "translation" out of its config.json to run it by its chat template'
             )
         return found
-
-    def _require(self, value: str, known: tuple[str, ...], code: str, what: str) -> None:
-        if value not in known:
-            raise DragomanError(code, f"model {self.name!r} cannot {what} {value!r}; it knows {', '.join(known)}")
 
 
 def write_masks(tokenizer: Tokenizer, end_of_write: int, vocab_size: int) -> Tensor:
@@ -301,7 +317,8 @@ def prompt_ids(
 
 
 def _chat(tokenizer: Tokenizer) -> ChatTemplate | None:
-    return tokenizer.chat if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    chat = getattr(tokenizer, "chat", None)
+    return chat if isinstance(chat, ChatTemplate) else None
 
 
 def load_translator(

@@ -26,7 +26,7 @@ import torch
 
 from models.kv_cache import KvCache
 from models.tokenizer import UNSPACED, begins_word, decode
-from models.translator import Direction, Latency, Policy, Translator
+from models.translator import AnyTranslator, Direction, Latency, Policy, Translator
 from streaming.glossary import Glossary
 from streaming.translation import BatchState, SourceWord, TranslatedChunk, looping, source_words, stepped
 
@@ -86,59 +86,29 @@ class FallbackRow:
         return self.direction.prompt + source + self.direction.answer + self.shown + (self.draft or ())
 
 
-FallbackState = BatchState[FallbackRow]
-
-
 @dataclass(frozen=True)
-class Fallback:
-    """Runs a plain language model under a policy; a :class:`streaming.interpreter.Interpreter`.
+class ByPolicy:
+    """What decides from outside when a plain language model writes, whoever runs the model.
 
     Attributes:
         translator: The model; shared, never changed.
     """
 
-    translator: Translator
+    translator: AnyTranslator
 
     @property
     def policy(self) -> Policy:
         """Who decides when to write."""
         return self.translator.policy
 
-    def init_state(self, directions: Sequence[Direction], glossary: Glossary | None = None) -> FallbackState:
-        """The state of one session, which has read nothing; the glossary has no effect."""
-        rows = tuple(FallbackRow(direction) for direction in directions)
-        return FallbackState(rows, self.translator.llm.init_state(len(rows)))
-
-    def feed(self, state: FallbackState, words: Sequence[str], *, closes: bool = False) -> FallbackState:
-        """Queues words for every row; see :meth:`streaming.translation.Interleaved.feed`."""
+    def fed(
+        self, rows: Sequence[FallbackRow], words: Sequence[str], *, closes: bool = False
+    ) -> tuple[FallbackRow, ...]:
+        """The rows with words in their queues; see :meth:`streaming.translation.Interleaved.feed`."""
         new = source_words(self.translator, words, closes=closes)
-        return replace(state, rows=tuple(_fed(row, new, closes=closes) for row in state.rows))
+        return tuple(_fed(row, new, closes=closes) for row in rows)
 
-    def ready(self, state: FallbackState) -> bool:
-        """Whether a step would advance any row."""
-        return state.busy
-
-    def step(
-        self, states: Sequence[FallbackState], *, max_forwards: int = 1
-    ) -> tuple[list[list[TranslatedChunk]], list[FallbackState]]:
-        """Advances the rows of several sessions; see :meth:`streaming.translation.Interleaved.step`."""
-        return stepped(states, self._forward, max_forwards)
-
-    def _forward(self, state: FallbackState) -> tuple[list[tuple[int, TranslatedChunk]], FallbackState]:
-        state = replace(state, rows=tuple(self._read(row) for row in state.rows))
-        if all(row.draft is None for row in state.rows):
-            return [], state
-        tokens, cache = self._next_tokens(state)
-        rows, finished = [], []
-        for b, (row, token) in enumerate(zip(state.rows, tokens, strict=True)):
-            if row.draft is not None:
-                row, chunk = self._after_token(replace(row, cached=row.sequence()), row.draft, token)
-                if chunk is not None:
-                    finished.append((b, chunk))
-            rows.append(row)
-        return finished, FallbackState(tuple(rows), cache)
-
-    def _read(self, row: FallbackRow) -> FallbackRow:
+    def read(self, row: FallbackRow) -> FallbackRow:
         """Reads words, which costs nothing, up to the one after which the row has to write."""
         limit = self.translator.config.max_context_tokens // 4
         while row.draft is None and row.queue:
@@ -157,29 +127,18 @@ class Fallback:
             return read >= WAIT_WORDS[latency]
         return read % AGREEMENT_WORDS[latency] == 0
 
-    @torch.no_grad()
-    def _next_tokens(self, state: FallbackState) -> tuple[list[int], KvCache]:
-        """The most probable token after each row's sequence; rows that read are passed over."""
-        lengths, plans = state.cache.lengths.tolist(), []
-        for b, row in enumerate(state.rows):
-            sequence = row.sequence() if row.draft is not None else row.cached
-            if row.draft is not None:
-                lengths[b] = min(_common(sequence, row.cached), len(sequence) - 1)
-            plans.append(sequence[lengths[b] :])
-        counts = torch.tensor([len(plan) for plan in plans])
-        tokens = torch.zeros(len(plans), int(counts.max()), dtype=torch.int64)
-        for b, plan in enumerate(plans):
-            tokens[b, : len(plan)] = torch.tensor(plan, dtype=torch.int64)
-        logits, cache = self.translator.llm.step(tokens, counts, state.cache.crop(torch.tensor(lengths)))
-        assert cache is not None
-        return logits[:, -1, : self.translator.tokenizer.size].argmax(-1).tolist(), cache
-
-    def _after_token(
-        self, row: FallbackRow, draft: tuple[int, ...], token: int
+    def after_token(
+        self, row: FallbackRow, draft: tuple[int, ...], token: int | None
     ) -> tuple[FallbackRow, TranslatedChunk | None]:
-        """The row with one more token, or if the write ends before or with it, with what it shows."""
-        ended = token in self.translator.tokenizer.controls or self._is_enough(row, draft, token)
-        if not ended:
+        """The row with one more token, or if the write ends before or with it, with what it shows.
+
+        Args:
+            row: A row that writes.
+            draft: What it is to show so far.
+            token: What the model adds; None if it ends its answer.
+        """
+        controls = self.translator.tokenizer.controls
+        if token is not None and token not in controls and not self._is_enough(row, draft, token):
             draft = (*draft, token)
             whole = row.shown + draft
             if not (loop := looping(whole)) and len(whole) < 2 * row.source_tokens + 25:
@@ -192,11 +151,18 @@ class Fallback:
 
     def _is_enough(self, row: FallbackRow, draft: tuple[int, ...], token: int) -> bool:
         """Wait-k: whether the token would begin a word more than is allowed."""
-        whole = row.shown + draft
-        if self.policy != "wait-k" or row.closes or not self._begins_word(row, whole, token):
+        if not self._begins_word(row, row.shown + draft, token):
             return False
-        starts = sum(self._begins_word(row, whole[:i], whole[i]) for i in range(len(whole)))
-        return starts > len(row.segment) - WAIT_WORDS[row.direction.latency]
+        left = self.words_left(row, draft)
+        return left is not None and left <= 0
+
+    def words_left(self, row: FallbackRow, draft: tuple[int, ...]) -> int | None:
+        """Words that the open write may still begin; None where the policy does not bound them."""
+        if self.policy != "wait-k" or row.closes:
+            return None
+        whole = row.shown + draft
+        begun = sum(self._begins_word(row, whole[:i], whole[i]) for i in range(len(whole)))
+        return len(row.segment) - WAIT_WORDS[row.direction.latency] + 1 - begun
 
     def _agreed(self, row: FallbackRow, draft: tuple[int, ...]) -> tuple[int, ...]:
         """What a draft has in common with the translation before, up to where both begin a word, or end."""
@@ -227,6 +193,73 @@ class Fallback:
         if row.closes:
             row = replace(row, segment=(), shown=(), previous=(), closes=False)
         return row, chunk
+
+
+FallbackState = BatchState[FallbackRow]
+
+
+@dataclass(frozen=True)
+class Fallback(ByPolicy):
+    """Runs a plain language model under a policy; a :class:`streaming.interpreter.Interpreter`.
+
+    Attributes:
+        translator: The model; shared, never changed.
+    """
+
+    translator: Translator
+
+    def init_state(self, directions: Sequence[Direction], glossary: Glossary | None = None) -> FallbackState:
+        """The state of one session, which has read nothing; the glossary has no effect."""
+        rows = tuple(FallbackRow(direction) for direction in directions)
+        return FallbackState(rows, self.translator.llm.init_state(len(rows)))
+
+    def feed(self, state: FallbackState, words: Sequence[str], *, closes: bool = False) -> FallbackState:
+        """Queues words for every row; see :meth:`streaming.translation.Interleaved.feed`."""
+        return replace(state, rows=self.fed(state.rows, words, closes=closes))
+
+    def ready(self, state: FallbackState) -> bool:
+        """Whether a step would advance any row."""
+        return state.busy
+
+    def problem(self, state: FallbackState) -> None:
+        """Nothing ends a translation but its session."""
+
+    def step(
+        self, states: Sequence[FallbackState], *, max_forwards: int = 1
+    ) -> tuple[list[list[TranslatedChunk]], list[FallbackState]]:
+        """Advances the rows of several sessions; see :meth:`streaming.translation.Interleaved.step`."""
+        return stepped(states, self._forward, max_forwards)
+
+    def _forward(self, state: FallbackState) -> tuple[list[tuple[int, TranslatedChunk]], FallbackState]:
+        state = replace(state, rows=tuple(self.read(row) for row in state.rows))
+        if all(row.draft is None for row in state.rows):
+            return [], state
+        tokens, cache = self._next_tokens(state)
+        rows, finished = [], []
+        for b, (row, token) in enumerate(zip(state.rows, tokens, strict=True)):
+            if row.draft is not None:
+                row, chunk = self.after_token(replace(row, cached=row.sequence()), row.draft, token)
+                if chunk is not None:
+                    finished.append((b, chunk))
+            rows.append(row)
+        return finished, FallbackState(tuple(rows), cache)
+
+    @torch.no_grad()
+    def _next_tokens(self, state: FallbackState) -> tuple[list[int], KvCache]:
+        """The most probable token after each row's sequence; rows that read are passed over."""
+        lengths, plans = state.cache.lengths.tolist(), []
+        for b, row in enumerate(state.rows):
+            sequence = row.sequence() if row.draft is not None else row.cached
+            if row.draft is not None:
+                lengths[b] = min(_common(sequence, row.cached), len(sequence) - 1)
+            plans.append(sequence[lengths[b] :])
+        counts = torch.tensor([len(plan) for plan in plans])
+        tokens = torch.zeros(len(plans), int(counts.max()), dtype=torch.int64)
+        for b, plan in enumerate(plans):
+            tokens[b, : len(plan)] = torch.tensor(plan, dtype=torch.int64)
+        logits, cache = self.translator.llm.step(tokens, counts, state.cache.crop(torch.tensor(lengths)))
+        assert cache is not None
+        return logits[:, -1, : self.translator.tokenizer.size].argmax(-1).tolist(), cache
 
 
 def _fed(row: FallbackRow, new: tuple[SourceWord, ...], *, closes: bool) -> FallbackRow:

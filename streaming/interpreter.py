@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
-from models.translator import Direction, Policy, Translator
+from models.translator import AnyTranslator, Direction, Policy, Translator
 from streaming.errors import DragomanError
-from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.fallback import Fallback
 from streaming.glossary import Glossary
 from streaming.preemptive import Ahead, expecting, told
+from streaming.remote import Remote, RemoteTranslator
 from streaming.speculation import Speculation
 from streaming.translation import Interleaved, TranslatedChunk
 
@@ -44,14 +45,20 @@ class Interpreter(Protocol):
     def ready(self, state: Any) -> bool:
         """Whether a step would advance any row."""
 
+    def problem(self, state: Any) -> DragomanError | None:
+        """Why nothing more will be translated; such a state is never ready. None if all is well."""
+
     def step(
         self, states: Sequence[Any], *, max_forwards: int = 1
     ) -> tuple[list[list[TranslatedChunk]], Sequence[Any]]:
         """Advances several sessions by a bounded amount of work; each one's chunks, and the states."""
 
 
-def interpreter_for(translator: Translator, speculation: Speculation | None = None) -> Interpreter:
+def interpreter_for(translator: AnyTranslator, speculation: Speculation | None = None) -> Interpreter:
     """What runs a translator under its policy; with speculation if the model decides itself when to write."""
+    if isinstance(translator, RemoteTranslator):
+        return Remote(translator)
+    assert isinstance(translator, Translator)
     if translator.policy == "interleaved":
         return Interleaved(translator, speculation)
     return Fallback(translator)
@@ -106,7 +113,7 @@ class Interpretation:
     @classmethod
     def begin(
         cls,
-        translator: Translator | None,
+        translator: AnyTranslator | None,
         languages: Sequence[str],
         latency: str,
         glossary: Mapping[str, Mapping[str, str]],
@@ -138,6 +145,11 @@ class Interpretation:
     def ready(self) -> bool:
         """Whether there is something to translate."""
         return self.interpreter.ready(self.state)
+
+    @property
+    def problem(self) -> DragomanError | None:
+        """Why nothing more will be translated; None if all is well."""
+        return self.interpreter.problem(self.state)
 
     @property
     def several(self) -> bool:
@@ -312,6 +324,9 @@ class Teller:
         self._interpretation = after
         for delta in deltas:
             self._tell(delta)
+        if (problem := after.problem) is not None:  # from here on, what is told is not translated
+            self._interpretation = None
+            self._tell(ErrorEvent(UNNUMBERED, problem.code, str(problem)))
         self._tell_on()
 
 

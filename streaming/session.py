@@ -27,11 +27,11 @@ import numpy as np
 from models import vad
 from models.config import FRAME_MS, FRAME_SAMPLES
 from models.recognizer import Recognizer
-from models.translator import LATENCIES, Translator
+from models.translator import LATENCIES, AnyTranslator
 from streaming.audio import AudioFormat, AudioNormalizer
 from streaming.encoder import Encoded, EncoderStream, encode
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta
 from streaming.features import GROUP_TAIL_SAMPLES, front_end
 from streaming.glossary import check_glossary
 from streaming.interpreter import UNNUMBERED, Interpretation, Portion, Teller, translate
@@ -120,7 +120,7 @@ class Session(Teller):
         self,
         recognizer: Recognizer,
         config: SessionConfig | None = None,
-        translator: Translator | None = None,
+        translator: AnyTranslator | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         self.config = config or SessionConfig()
@@ -156,9 +156,17 @@ class Session(Teller):
 
     def flush(self) -> list[Event]:
         """Decides all words so far as if the audio ended here; the stream goes on as if it had not."""
-        fork = self._ended_copy()
+        fork = self.begin_flush()
         while fork.ready():
             tick([fork])
+        return self.end_flush(fork)
+
+    def begin_flush(self) -> Session:
+        """What a flush has to advance until it is no longer ready, while this session neither takes in nor advances."""
+        return self._ended_copy()
+
+    def end_flush(self, fork: Session) -> list[Event]:
+        """Goes on after a flush, with what it has decided; the stream goes on as if its audio had not ended."""
         guard = FlushGuard(
             until_frame=-(-fork._audio_samples // FRAME_SAMPLES),
             padded_until_frame=fork._decoder.frames[0],
@@ -168,7 +176,7 @@ class Session(Teller):
         # What the flush has told is told and translated; the translation goes on from there.
         self._interpretation = fork._interpretation
         self._untold = tuple(event for event in self._untold if isinstance(event, ErrorEvent | SessionClosed))
-        events = [event for event in fork.take_events() if isinstance(event, TranscriptDelta | TranslationDelta)]
+        events = [event for event in fork.take_events() if not isinstance(event, SessionClosed)]
         self._seq += len(events)
         return list(events)
 
@@ -250,6 +258,7 @@ class Session(Teller):
         """This session as if its audio ended here; nothing that it does is seen by this one."""
         fork = copy.copy(self)
         fork._events, fork._fresh, fork._closed = (), (), True
+        fork._untold = tuple(event for event in fork._untold if not isinstance(event, ErrorEvent))
         fork._take(self._audio.tail(), last=False)
         fork._pad()
         return fork

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.errors import DragomanError
 from streaming.events import Event, SessionClosed
 from streaming.glossary import check_glossary
@@ -34,7 +34,7 @@ class TextSession(Teller):
 
     def __init__(
         self,
-        translator: Translator,
+        translator: AnyTranslator,
         languages: Sequence[str],
         latency: str = "medium",
         glossary: Mapping[str, Mapping[str, str]] | None = None,

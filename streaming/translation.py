@@ -46,7 +46,7 @@ from torch import Tensor
 from models.kv_cache import KvCache
 from models.speculative import ROOT, Draft, follow, keep, read
 from models.tokenizer import begins_word, decode
-from models.translator import Direction, Policy, Translator
+from models.translator import AnyTranslator, Direction, Policy, Translator
 from streaming.drafts import MAX_PAST_TOKENS, Context, Outcome, Proposal, spelled
 from streaming.errors import DragomanError
 from streaming.glossary import MAX_TERM_WORDS, Glossary, Term, Terms, occurring, terms, word_key
@@ -374,6 +374,9 @@ class Interleaved:
     def ready(self, state: TranslationState) -> bool:
         """Whether a step would advance any row."""
         return state.busy
+
+    def problem(self, state: TranslationState) -> None:
+        """Nothing ends a translation but its session."""
 
     def revise(self, state: TranslationState, dropped: int, words: Sequence[str]) -> TranslationState:
         """Replaces the last source words by others; only what is behind them is read again.
@@ -766,7 +769,7 @@ def stepped(
     return chunks, state.split([len(one.rows) for one in states])
 
 
-def source_words(translator: Translator, words: Sequence[str], *, closes: bool) -> tuple[SourceWord, ...]:
+def source_words(translator: AnyTranslator, words: Sequence[str], *, closes: bool) -> tuple[SourceWord, ...]:
     """Words as a translator's rows take them; ``closes`` if the last of them closes a segment."""
     last = len(words) - 1
     return tuple(
