@@ -31,12 +31,15 @@ from models.recognizer import Recognizer
 from models.translator import Translator
 from streaming.errors import DragomanError
 from streaming.speculation import Speculation
+from wire.deepgram import Deepgram
 from wire.dialect import Dialect, Frame
 from wire.fields import shown
 from wire.handler import MAX_MESSAGE_BYTES, Handler, Limits, TransportClosed
+from wire.simulstream import Simulstream
+from wire.transcriptions import Transcriptions
 from wire.translations import Translations
 
-DIALECTS: Final[tuple[type[Dialect], ...]] = (Translations,)
+DIALECTS: Final[tuple[type[Dialect], ...]] = (Translations, Transcriptions, Deepgram, Simulstream)
 """What the service speaks, each at a path of its own."""
 
 PATH: Final = Translations.PATH

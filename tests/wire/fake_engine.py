@@ -51,12 +51,21 @@ class Talk:
             self.session.write(message)
         elif message is Command.CLOSE:
             self.session.close_input()
-        while self.session.ready():
-            self.session.step()
-        return self.session.flush() if message is Command.FLUSH else self.session.take_events()
+        if message is not Command.FLUSH:
+            return _stepped(self.session)
+        fork = self.session.begin_flush()
+        while fork.ready():
+            fork.step()
+        return self.session.end_flush(fork)
 
     def _say(self, events: Sequence[Event]) -> list[dict[str, Any]]:
         return told([frame for event in events for frame in self.dialect.say(event)])
+
+
+def _stepped(session: FakeSession) -> list[Event]:
+    while session.ready():
+        session.step()
+    return session.take_events()
 
 
 def _frame(frame: Frame | dict[str, Any]) -> Frame:
