@@ -109,9 +109,14 @@ class CompletionServer:
         threading.Thread(target=self._loop.run_forever, name="translator", daemon=True).start()
 
     def complete(
-        self, prompt: str | Sequence[int], max_tokens: int, timeout_s: float = TIMEOUT_S
+        self, prompt: str | Sequence[int], max_tokens: int, timeout_s: float | None = None
     ) -> Future[_Completion]:
         """Begins to ask for the most probable continuation of a text, or of token ids.
+
+        Args:
+            prompt: The text, or its ids.
+            max_tokens: Tokens to ask for at most.
+            timeout_s: Time that it may take; None for :data:`TIMEOUT_S`.
 
         Returns:
             What will hold it, or a ``DragomanError``, ``translator_unavailable``, or a `_RefusedError`.
@@ -119,7 +124,7 @@ class CompletionServer:
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         if not isinstance(prompt, str):
             body |= {"prompt": list(prompt), "return_token_ids": True}
-        return asyncio.run_coroutine_threadsafe(self._complete(body, timeout_s), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._complete(body, timeout_s or TIMEOUT_S), self._loop)
 
     def max_tokens(self) -> int | None:
         """Tokens that the model's context has, if the server tells."""
