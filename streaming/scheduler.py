@@ -2,10 +2,15 @@
 
     client's side: put → inbox → engine: write, tick → outbox → client's side
 
-Both queues are bounded by what the client's side looks at before it goes on: `Stream.has_room` before it reads, and
-the engine, which computes nothing for a session whose events nobody takes.
+Both queues are bounded: the client's side reads no more until `Stream.has_room`, and the engine computes nothing for
+a session whose events nobody takes.
+
+The work of one step is bounded, too, so that nobody waits long for others. Live sessions come first, and among equals
+who has waited longest; sessions whose audio came faster than it could be spoken get what is left.
 """
 
+import copy
+import itertools
 import logging
 import threading
 import time
@@ -35,6 +40,13 @@ from wire.messages import DEFAULTS, ClientMessage, CloseCode, Command, Lookahead
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
 _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
+_MAX_MESSAGES: Final = 64  # messages of a session that one step takes in
+_MAX_PIECE_S: Final = 1  # audio of a message that is taken in at once
+_MAX_ROWS: Final = 32  # sessions that one step advances
+_MAX_CHUNKS: Final = 16  # chunks of all sessions in one step, where nobody speaks
+_MAX_UPLOADS: Final = 4  # sessions beside those in which somebody speaks that one step advances, by a chunk each
+_UPLOAD_S: Final = 2.0  # by how much audio is ahead of the clock that cannot be spoken
+_PAUSE_S: Final = 2.0  # without a message, after which nobody speaks
 _MAX_AHEAD: Final = 4  # sessions that are translated ahead together
 _LATE_S: Final = 5.0  # how long a session may lag by more than it should
 
@@ -57,7 +69,13 @@ class Stream:
     """
 
     def __init__(self, notify: Callable[[], object]) -> None:
-        self.session: Session | None = None  # the engine's
+        # The engine's:
+        self.session: Session | None = None
+        self.fork: Session | None = None  # the session as if its audio ended here, while that is computed for a flush
+        self.failure: DragomanError | None = None  # what the session ends with after that
+        self.number = 0  # counts the sessions of an engine
+        self.served = 0  # the step that advanced it last
+        # Of both sides:
         self.inbox: deque[ClientMessage] = deque()
         self.outbox: deque[Event | CloseCode] = deque()
         self.declared = False  # the client has said what it will send
@@ -70,7 +88,36 @@ class Stream:
         self._format = AudioFormat()
         self._heard_bytes = 0
         self._arrivals: deque[_Arrival] = deque()
+        self._began_s: float | None = None  # the clock when the first audio came
+        self._heard_s: float | None = None  # and the last
         self._due_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would advance it, so that it takes nothing in; the engine's."""
+        return self.fork is not None or (self.session is not None and self.session.ready())
+
+    @property
+    def row(self) -> Session | None:
+        """What a step would advance."""
+        return self.fork or self.session
+
+    @row.setter
+    def row(self, advanced: Session) -> None:
+        if self.fork is None:
+            self.session = advanced
+        else:
+            self.fork = advanced
+
+    def is_upload(self, now_s: float) -> bool:
+        """Whether its audio has come faster than it could be spoken."""
+        if self._began_s is None:
+            return False
+        return self._heard_bytes / self.bytes_per_s - (now_s - self._began_s) > _UPLOAD_S
+
+    def speaks(self, now_s: float) -> bool:
+        """Whether audio came a moment ago."""
+        return self._heard_s is not None and now_s - self._heard_s < _PAUSE_S
 
     @property
     def waiting_bytes(self) -> int:
@@ -105,6 +152,8 @@ class Stream:
 
     def _arrive(self, size_bytes: int) -> None:
         now_s = time.monotonic()
+        self._began_s = now_s if self._began_s is None else self._began_s
+        self._heard_s = now_s
         self._heard_bytes += size_bytes
         self._due_s = max(now_s, self._due_s) + size_bytes / self.bytes_per_s
         self._arrivals.append(_Arrival(1000 * self._heard_bytes / self.bytes_per_s, now_s, self._due_s))
@@ -138,9 +187,12 @@ class Stream:
         return timed
 
     def take(self) -> ClientMessage:
-        """The next message for the engine, on whose thread this is called."""
+        """The next message for the engine, on whose thread this is called; of much audio, the beginning."""
         was_full = not self.has_room
         message = self.inbox.popleft()
+        if isinstance(message, bytes) and len(message) > (most := _MAX_PIECE_S * self.bytes_per_s):
+            message, rest = message[:most], message[most:]
+            self.inbox.appendleft(rest)
         self._taken_bytes += _size(message)
         if was_full:
             self._notify()
@@ -163,12 +215,13 @@ def _size(message: ClientMessage) -> int:
 
 
 class Engine:
-    """The one thread that computes, for all sessions together.
+    """The one thread that computes, for all sessions together; `start` begins.
 
     Args:
         recognizer: The model.
         translator: What translates, if sessions may ask for it.
         speculation: Shared by the sessions; None for none.
+        slots: Sessions that there may be.
         describe: The settings of a session as its client is told them.
         ticked: Told of each step: how many sessions it advanced, and the seconds that it took.
         ahead: Whether to translate what has not been told yet while there is nothing else to do.
@@ -181,6 +234,7 @@ class Engine:
         translator: Translator | None,
         speculation: Speculation | None,
         *,
+        slots: int,
         describe: Callable[[SessionConfig], dict[str, Any]],
         ticked: Callable[[int, float], object],
         ahead: bool = False,
@@ -194,34 +248,49 @@ class Engine:
         self._ahead = ahead
         self._max_lag_s = max_lag_s
         self._late_since_s: dict[Stream, float] = {}
-        self._streams: list[Stream] = []  # replaced as a whole, so that the thread may walk it
+        self._slots: list[Stream | None] = [None] * slots
+        self._numbers = itertools.count(1)
+        self._steps = 0
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The sessions, in the order of their slots."""
+        return [stream for stream in self._slots if stream is not None]
 
     @property
     def sessions(self) -> int:
         """How many sessions there are."""
-        return len(self._streams)
+        return len(self.streams)
 
     @property
     def waiting_bytes(self) -> int:
         """Audio that waits for the engine."""
-        return sum(stream.waiting_bytes for stream in self._streams)
+        return sum(stream.waiting_bytes for stream in self.streams)
 
     @property
     def waiting_events(self) -> int:
         """Events that wait for their clients."""
-        return sum(len(stream.outbox) for stream in self._streams)
+        return sum(len(stream.outbox) for stream in self.streams)
 
     def add(self, stream: Stream) -> None:
-        """Begin to work for a session."""
-        self._streams = [*self._streams, stream]
+        """Begin to work for a session.
+
+        Raises:
+            ValueError: Every slot is taken.
+        """
+        stream.number = next(self._numbers)
+        self._slots[self._slots.index(None)] = stream
 
     def remove(self, stream: Stream) -> None:
         """Forget a session."""
-        self._streams = [other for other in self._streams if other is not stream]
+        self._slots[self._slots.index(stream)] = None
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._thread.start()
 
     def wake(self) -> None:
         """Tell that there may be something to do: a message came in, or room for events."""
@@ -235,32 +304,59 @@ class Engine:
 
     def end_all(self, code: str, message: str, close_code: CloseCode) -> None:
         """End every session with the same error."""
-        for stream in self._streams:
+        for stream in self.streams:
             stream.fail(code, message, close_code)
 
     def _run(self) -> None:
         while not self._stopping:
             self._wake.wait()
             self._wake.clear()
-            while not self._stopping and self._step():
+            while not self._stopping and self.step():
                 pass
 
-    def _step(self) -> bool:
-        """Take in what has come and make one step for all that are ready; False if there was nothing."""
-        streams = [s for s in self._streams if not s.over and len(s.outbox) < _MAX_WAITING_EVENTS]
-        fed = [self._guard([stream], partial(self._feed, stream)) for stream in streams]
-        ready = {s: s.session for s in streams if not s.over and s.session and s.session.ready()}
-        if ready:
-            self._guard(list(ready), partial(self._tick, list(ready.values())))
+    def step(self) -> bool:
+        """Take in what has come and make one step for those that are ready; False if there was nothing to do."""
+        streams = [s for s in self.streams if not s.over and len(s.outbox) < _MAX_WAITING_EVENTS]
+        self._steps += 1
+        rows, max_chunks = self._choose(streams, time.monotonic())
+        if rows:
+            began_s = time.perf_counter()
+            self._together(rows, partial(self._tick, max_chunks=max_chunks))
+            self._ticked(len(rows), time.perf_counter() - began_s)
         for stream in streams:
-            self._guard([stream], partial(self._collect, stream))
+            self._guard(stream, self._collect)
         self._relieve(streams)
-        return any(fed) or bool(ready) or (self._ahead and self._translate_ahead(streams))
+        is_fed = any(stream.inbox and not stream.over for stream in streams)
+        return bool(rows) or is_fed or (self._ahead and self._translate_ahead(streams))
 
-    def _tick(self, sessions: Sequence[Session]) -> None:
-        began_s = time.perf_counter()
-        tick(sessions)
-        self._ticked(len(sessions), time.perf_counter() - began_s)
+    def _choose(self, streams: Sequence[Stream], now_s: float) -> tuple[list[Stream], int]:
+        """Take in messages; the sessions that a step is to advance then, and by how many chunks at most."""
+        uploads = [stream for stream in streams if stream.is_upload(now_s)]
+        live = [stream for stream in streams if stream not in uploads]
+        rows = self._ready(live, _MAX_ROWS)
+        if any(stream.speaks(now_s) for stream in live):
+            return rows + self._ready(uploads, min(_MAX_UPLOADS, _MAX_ROWS - len(rows))), 1
+        rows += self._ready(uploads, _MAX_ROWS - len(rows))
+        return rows, max(1, _MAX_CHUNKS // max(1, len(rows)))
+
+    def _ready(self, streams: Sequence[Stream], most: int) -> list[Stream]:
+        """At most so many sessions that a step would advance, when they have taken in what has come for them."""
+        ready: list[Stream] = []
+        for stream in sorted(streams, key=lambda stream: stream.served):
+            if len(ready) < most:
+                self._guard(stream, self._feed)
+                if stream.busy and not stream.over:
+                    ready.append(stream)
+        return ready
+
+    def _tick(self, streams: Sequence[Stream], max_chunks: int) -> None:
+        for stream in streams:
+            stream.served = self._steps
+        # On copies, which cost nothing: of a step that fails halfway, nothing remains.
+        rows = [copy.copy(stream.row) for stream in streams if stream.row is not None]
+        tick(rows, max_chunks=max_chunks)
+        for stream, row in zip(streams, rows, strict=True):
+            stream.row = row
 
     def _relieve(self, streams: Sequence[Stream]) -> None:
         """Where one session has lagged for too long, end the newest that lags: the others get its share."""
@@ -272,41 +368,40 @@ class Engine:
         self._late_since_s = {s: self._late_since_s.get(s, now_s) for s in late}
         if any(now_s - since_s >= _LATE_S for since_s in self._late_since_s.values()):
             # The oldest is late first. One that came after it and will soon be as late goes before it.
-            newest = [s for s, lag_s in lags_s.items() if lag_s > self._max_lag_s / 2][-1]
+            newest = max((s for s in lags_s if lags_s[s] > self._max_lag_s / 2), key=lambda s: s.number)
             sentence = f"the service is overloaded, and this session {lags_s[newest]:.1f} s behind:"
             newest.fail("overloaded", f"{sentence} connect again in a while", CloseCode.TRY_AGAIN_LATER)
             self._late_since_s = {}  # it takes a while to see what that did for the others
 
     def _translate_ahead(self, streams: Sequence[Stream]) -> bool:
         """One forward for a few sessions, so short that what comes meanwhile hardly waits; False if none is needed."""
-        expecting = {s: s.session for s in streams if not s.over and s.session and s.session.expects}
-        some = dict(list(expecting.items())[:_MAX_AHEAD])
-        return self._guard(list(some), partial(translate_ahead, list(some.values())))
+        expecting = [s for s in streams if not s.over and s.session is not None and s.session.expects]
+        return self._together(expecting[:_MAX_AHEAD], _ahead)
 
-    def _feed(self, stream: Stream) -> bool:
-        """Hand over messages until the session can make a step; False if there was none."""
-        fed = False
-        while stream.inbox and not (stream.session is not None and stream.session.ready()):
+    def _feed(self, stream: Stream) -> None:
+        """Hand over messages until the session can make a step, or has taken in enough at once."""
+        for _ in range(_MAX_MESSAGES):
+            if stream.busy or not stream.inbox:
+                return
             message = stream.take()
-            fed = True
             if isinstance(message, SessionConfig):
                 stream.session = Session(self._recognizer, message, self._translator, self._speculation)
                 stream.tell(self._updated(message))
                 continue
-            assert stream.session is not None, "the first message declares the session"
+            session = stream.session
+            assert session is not None, "the first message declares the session"
             if isinstance(message, bytes):
                 try:
-                    stream.session.write(message)
-                except DragomanError:
-                    self._flush(stream, stream.session)  # what was said before
-                    raise
+                    session.write(message)
+                except DragomanError as error:  # what was said before is told before that
+                    stream.failure = error
+                    stream.fork = session.begin_flush()
             elif isinstance(message, LookaheadChange):
-                self._change(stream, stream.session, message)
+                self._change(stream, session, message)
             elif message is Command.FLUSH:
-                self._flush(stream, stream.session)
+                stream.fork = session.begin_flush()
             else:
-                stream.session.close_input()
-        return fed
+                session.close_input()
 
     def _change(self, stream: Stream, session: Session, change: LookaheadChange) -> None:
         try:
@@ -319,28 +414,41 @@ class Engine:
     def _updated(self, config: SessionConfig) -> SessionUpdated:
         return SessionUpdated(self._describe(config), 0)
 
-    def _flush(self, stream: Stream, session: Session) -> None:
-        stream.tell(*stream.timed([*session.take_events(), *session.flush()]))
-
     def _collect(self, stream: Stream) -> None:
+        """Tell what has become certain, and with it perhaps the end of a flush or of the session."""
         if stream.session is None or stream.over:
             return
-        events = stream.timed(stream.session.take_events())
-        stream.tell(*events)
+        events = stream.session.take_events()
+        if stream.fork is not None and not stream.fork.ready():
+            events += stream.session.end_flush(stream.fork)
+            stream.fork = None
+        stream.tell(*stream.timed(events))
+        if stream.fork is None and stream.failure is not None:
+            raise stream.failure
         if any(isinstance(event, SessionClosed) for event in events):
             stream.over = True
             stream.tell(CloseCode.NORMAL_CLOSURE)
 
-    def _guard(self, streams: Sequence[Stream], work: Callable[[], bool | None]) -> bool:
-        """Do some work for some sessions; what goes wrong in it ends these and no others."""
+    def _together(self, streams: list[Stream], work: Callable[[list[Stream]], bool | None]) -> bool:
+        """Do some work for all in one batch; if it fails, for each alone, so that none ends by another's fault."""
         try:
-            return bool(work())
-        except DragomanError as error:
-            failure = (error.code, str(error), CloseCode.INVALID_DATA)
+            return bool(work(streams))
         except Exception:
-            logger.exception("%d sessions end with an internal error", len(streams))
+            for stream in streams:
+                self._guard(stream, lambda stream: work([stream]))
+            return True
+
+    def _guard(self, stream: Stream, work: Callable[[Stream], object]) -> None:
+        """Do some work for a session; what goes wrong in it ends this one and no other."""
+        try:
+            work(stream)
+        except DragomanError as error:
+            stream.fail(error.code, str(error), CloseCode.INVALID_DATA)
+        except Exception:
+            logger.exception("a session ends with an internal error")
             message = "the server failed while it worked on this session: connect again"
-            failure = ("internal_error", message, CloseCode.INTERNAL_ERROR)
-        for stream in streams:
-            stream.fail(*failure)
-        return True
+            stream.fail("internal_error", message, CloseCode.INTERNAL_ERROR)
+
+
+def _ahead(streams: Sequence[Stream]) -> bool:
+    return translate_ahead([stream.session for stream in streams if stream.session is not None])

@@ -5,6 +5,7 @@ were, so a test knows what to expect from its audio, and is translated at once; 
 Like the real one it gives the same events for any chunking of its audio.
 """
 
+import copy
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -81,7 +82,7 @@ class FakeSession:
         self._segment = 0
         self._seq = 0
         self._events: list[Event] = []
-        self._ending = self._closed = False
+        self._ending = self._closed = self._flushing = False
 
     def write(self, pcm: bytes | npt.NDArray[Any]) -> None:
         self._waiting = np.concatenate([self._waiting, self._normalizer.push(pcm)])
@@ -91,10 +92,11 @@ class FakeSession:
         try:
             self._waiting = np.concatenate([self._waiting, self._normalizer.finish()])
         except DragomanError as error:
-            self._events.append(ErrorEvent(self._seq, error.code, str(error)))
-            self._seq += 1
+            self._tell(ErrorEvent(self._seq, error.code, str(error)))
 
     def ready(self) -> bool:
+        if self._flushing:
+            return len(self._waiting) > 0
         return not self._closed and (self._ending or len(self._waiting) >= _WORD_SAMPLES)
 
     @property
@@ -107,9 +109,20 @@ class FakeSession:
         self.config = replace(self.config, max_lookahead_ms=max_lookahead_ms)
 
     def flush(self) -> list[Event]:
-        if len(self._waiting):
-            self.step()
-        return self.take_events()
+        fork = self.begin_flush()
+        if fork.ready():
+            fork.step()
+        return self.end_flush(fork)
+
+    def begin_flush(self) -> "FakeSession":
+        fork = copy.copy(self)
+        fork._events, fork._flushing = [], True
+        return fork
+
+    def end_flush(self, fork: "FakeSession") -> list[Event]:
+        events = fork.take_events()
+        vars(self).update(vars(fork), _flushing=False)
+        return events
 
     def take_events(self) -> list[Event]:
         events, self._events = self._events, []
@@ -122,7 +135,7 @@ class FakeSession:
         if self._ending and not len(self._waiting):
             self._closed = True
             audio_ms = round(1000 * self._normalizer.received_samples / self._rate_hz)
-            self._events.append(SessionClosed(self._seq, audio_ms))
+            self._tell(SessionClosed(self._seq, audio_ms))
 
     def _hear(self, loudness: float) -> None:
         start_ms = self._words * WORD_MS
@@ -131,18 +144,18 @@ class FakeSession:
         is_sound = loudness > 0.01
         words = (Word(f"w{round(100 * loudness)}", start_ms, end_ms, 0.5),) if is_sound else ()
         delta = "".join(f" {word.word}" for word in words)
-        self._events.append(
-            TranscriptDelta(self._seq, delta, start_ms, end_ms, end_ms, self._segment, not is_sound, words)
-        )
-        self._seq += 1
+        self._tell(TranscriptDelta(self._seq, delta, start_ms, end_ms, end_ms, self._segment, not is_sound, words))
         self._segment += not is_sound
         self._heard_words += is_sound
         last = self._heard_words - 1
         for language in self.config.languages if self._heard_words else ():
             text = f" {language}{round(100 * loudness)}" if is_sound else ""
             times = {"source_start_ms": start_ms, "source_end_ms": end_ms, "emitted_ms": end_ms}
-            self._events.append(TranslationDelta(self._seq, text, language, (last, last), not is_sound, **times))
-            self._seq += 1
+            self._tell(TranslationDelta(self._seq, text, language, (last, last), not is_sound, **times))
+
+    def _tell(self, event: Event) -> None:
+        self._events = [*self._events, event]
+        self._seq += 1
 
 
 def fake_tick(sessions: Sequence[FakeSession], *, max_chunks: int = 1) -> None:

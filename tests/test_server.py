@@ -329,7 +329,7 @@ async def test_a_failure_inside_ends_one_session_and_no_other(
 async def test_a_failing_step_does_not_end_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = True
 
-    def tick(sessions: Sequence[FakeSession]) -> None:
+    def tick(sessions: Sequence[FakeSession], **_: int) -> None:
         if broken:
             raise ZeroDivisionError
         fake_tick(sessions)
@@ -589,7 +589,7 @@ async def speak(connection: ClientConnection, count: int) -> None:
 async def test_the_newest_session_ends_where_all_fall_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     overloaded = True
 
-    def tick(sessions: Sequence[FakeSession]) -> None:
+    def tick(sessions: Sequence[FakeSession], **_: int) -> None:
         if overloaded:
             threading.Event().wait(0.4 * len(sessions))  # two sessions at half the pace of speech
         fake_tick(sessions)
@@ -636,7 +636,7 @@ async def test_a_client_that_sends_too_fast_is_held_back(monkeypatch: pytest.Mon
             super().__init__(notify)
             made.append(self)
 
-    def tick(sessions: Sequence[FakeSession]) -> None:
+    def tick(sessions: Sequence[FakeSession], **_: int) -> None:
         may_go_on.wait(10)
         fake_tick(sessions)
 

@@ -144,11 +144,13 @@ class Handler:
             recognizer,
             translator,
             speculation,
+            slots=limits.max_sessions,
             describe=self._describe,
             ticked=self.metrics.ticked,
             ahead=limits.translate_ahead,
             max_lag_s=limits.max_lag_s,
         )
+        self.engine.start()
         self.metrics.sessions.set_function(lambda: self.sessions)
         self.metrics.max_sessions.set(limits.max_sessions)
         self.metrics.input_queue_bytes.set_function(lambda: self.engine.waiting_bytes)

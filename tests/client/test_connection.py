@@ -236,7 +236,7 @@ async def test_exchange_ends_when_either_side_fails() -> None:
 async def test_a_service_that_is_behind_holds_the_sender_back(monkeypatch: pytest.MonkeyPatch) -> None:
     may_go_on = threading.Event()
 
-    def tick(sessions: Sequence[FakeSession]) -> None:
+    def tick(sessions: Sequence[FakeSession], **_: int) -> None:
         may_go_on.wait(10)
         fake_tick(sessions)
 

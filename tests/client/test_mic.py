@@ -180,7 +180,7 @@ async def test_an_engine_that_is_behind_loses_audio_and_keeps_the_callback_free(
 ) -> None:
     """Sound is lost in one piece, from the text and from the wav file alike, and none of it twice."""
 
-    def tick(sessions: list[FakeSession]) -> None:
+    def tick(sessions: list[FakeSession], **_: int) -> None:
         time.sleep(0.1)
         fake_tick(sessions)
 
