@@ -28,7 +28,7 @@ from websockets.typing import Subprotocol
 
 from metrics import TEXT_FORMAT
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.errors import DragomanError
 from streaming.speculation import Speculation
 from wire.deepgram import Deepgram
@@ -153,13 +153,22 @@ class Admission:
         is_metrics = path == METRICS_PATH and self._settings.metrics
         if path not in _DIALECTS and not is_metrics:
             return "", HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}"
+        return self.refusal(headers, takes_place=not is_metrics)
+
+    def refusal(self, headers: Headers, *, takes_place: bool) -> tuple[str, HTTPStatus, str] | None:
+        """Why a client may not use the service, if it may not: reason, status and sentence.
+
+        Args:
+            headers: Of the client.
+            takes_place: Whether what it asks for is a session.
+        """
         if not self._allows_origin(headers):
             origin = shown(", ".join(headers.get_all("Origin")))
             return "origin", HTTPStatus.FORBIDDEN, f"pages of {origin} may not connect: --allow-origin lets them"
         if self._settings.token is not None and not _has_token(headers, self._settings.token):
             text = "the token is missing or wrong: send Authorization: Bearer TOKEN"
             return "token", HTTPStatus.UNAUTHORIZED, text
-        if not is_metrics and (unavailable := self._handler.unavailable()):
+        if takes_place and (unavailable := self._handler.unavailable()):
             reason, text = unavailable
             return reason, HTTPStatus.SERVICE_UNAVAILABLE, text
         return None
@@ -217,7 +226,7 @@ class Service:
         self,
         recognizer: Recognizer,
         settings: Settings,
-        translator: Translator | None = None,
+        translator: AnyTranslator | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         """Prepare the service and start its engine; `start` opens the socket."""
@@ -327,11 +336,13 @@ def _select_subprotocol(_: ServerConnection, offered: Sequence[Subprotocol]) -> 
 async def serve(
     recognizer: Recognizer,
     settings: Settings,
-    translator: Translator | None = None,
+    translator: AnyTranslator | None = None,
     speculation: Speculation | None = None,
+    *,
+    kind: type[Service] = Service,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, let sessions finish until another one comes, and say goodbye to the rest."""
-    service = Service(recognizer, settings, translator, speculation)
+    service = kind(recognizer, settings, translator, speculation)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import (
@@ -231,7 +231,7 @@ class Engine:
     def __init__(
         self,
         recognizer: Recognizer,
-        translator: Translator | None,
+        translator: AnyTranslator | None,
         speculation: Speculation | None,
         *,
         slots: int,

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from metrics import Metrics
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event
 from streaming.scheduler import Engine, Stream
@@ -134,7 +134,7 @@ class Handler:
         self,
         recognizer: Recognizer,
         limits: Limits,
-        translator: Translator | None = None,
+        translator: AnyTranslator | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         self.limits = limits

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import Event, SessionCreated
@@ -52,7 +52,7 @@ class Translations(Dialect):
         return [replace(event, seq=self._seq - 1).to_json()]
 
 
-def describe(config: SessionConfig, recognizer: Recognizer, translator: Translator | None = None) -> dict[str, Any]:
+def describe(config: SessionConfig, recognizer: Recognizer, translator: AnyTranslator | None = None) -> dict[str, Any]:
     """The settings of a session as its client is told them, in the shape of ``session.update``, and what there is.
 
     Beside the settings stand ``model`` and ``translator``: its ``model``, the ``languages`` and ``latencies`` that it
@@ -77,7 +77,7 @@ def describe(config: SessionConfig, recognizer: Recognizer, translator: Translat
     }
 
 
-def _describe_translator(translator: Translator) -> dict[str, Any]:
+def _describe_translator(translator: AnyTranslator) -> dict[str, Any]:
     return {
         "model": translator.name,
         "languages": list(translator.config.targets),
