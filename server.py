@@ -49,7 +49,7 @@ SUBPROTOCOL: Final = Subprotocol("dragoman.v1")
 METRICS_PATH: Final = "/metrics"
 
 _TOKEN_SUBPROTOCOL: Final = "dragoman.token."
-_GOODBYE_TIMEOUT_S: Final = 5.0
+GOODBYE_TIMEOUT_S: Final = 5.0
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _LOOPBACK_HOST: Final = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost)(:\d+)?")
 
@@ -272,7 +272,7 @@ class Service:
             self._server.close(close_connections=False)
             self._handler.dismiss()
             try:
-                await asyncio.wait_for(self._server.wait_closed(), _GOODBYE_TIMEOUT_S)
+                await asyncio.wait_for(self._server.wait_closed(), GOODBYE_TIMEOUT_S)
             except TimeoutError:
                 logger.warning("%d clients did not take the goodbye", self._handler.sessions)
         await self._handler.stop()

@@ -22,7 +22,8 @@ from streaming.errors import DragomanError
 
 if TYPE_CHECKING:
     from client.files import AudioSource
-    from models.translator import Translator
+    from models.translator import AnyTranslator, Translator
+    from server import Service
     from streaming.audio import Encoding
     from streaming.glossary import Glossary
     from streaming.session import Decoder, Lookahead
@@ -336,6 +337,27 @@ def serve(
     token: TokenOption = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate chain, for wss.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private key, for wss.")] = None,
+    over_asgi: Annotated[
+        bool, typer.Option("--asgi", help="Serve with uvicorn, and take recordings at /v1/audio/transcriptions, too.")
+    ] = False,
+    translator_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A server with OpenAI's completions API that runs the translator, such as http://127.0.0.1:8000/v1;"
+            " --translator then has its tokenizer and chat template.",
+        ),
+    ] = None,
+    translator_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name on that server. Left out: the folder's.")
+    ] = None,
+    translator_policy: Annotated[
+        Literal["wait-k", "local-agreement"],
+        typer.Option(help="When a translator on a server writes: some words behind, or what it says twice."),
+    ] = "wait-k",
+    translator_key: Annotated[
+        str | None, typer.Option(envvar="DRAGOMAN_TRANSLATOR_KEY", help="Secret of that server.")
+    ] = None,
 ) -> None:
     """Serve live transcription and translation over WebSocket until SIGTERM or Ctrl-C."""
     with one_sentence():
@@ -361,10 +383,31 @@ def serve(
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("websockets").setLevel(logging.WARNING)
-        wanted = translator is not None or EMBEDDED_TRANSLATOR.exists()
-        interpreter = _load_translator(translator, device, dtype) if wanted else None
-        drafts = _load_speculation(interpreter, translator, speculation)
-        asyncio.run(server.serve(load_recognizer(model, device=device, dtype=dtype), settings, interpreter, drafts))
+        service = _asgi_service() if over_asgi else server.Service
+        interpreter: AnyTranslator | None = None
+        drafts = None
+        if translator_url is not None:
+            from streaming.remote import load_remote_translator
+
+            name = translator_model or (translator.name if translator is not None else "")
+            interpreter = load_remote_translator(
+                translator_url, name, translator, policy=translator_policy, key=translator_key
+            )
+        elif translator is not None or EMBEDDED_TRANSLATOR.exists():
+            here = _load_translator(translator, device, dtype)
+            interpreter, drafts = here, _load_speculation(here, translator, speculation)
+        recognizer = load_recognizer(model, device=device, dtype=dtype)
+        asyncio.run(server.serve(recognizer, settings, interpreter, drafts, kind=service))
+
+
+def _asgi_service() -> "type[Service]":
+    try:
+        import asgi
+    except ImportError as error:
+        raise DragomanError(
+            "missing_dependency", f"--asgi needs the package {error.name}: pip install 'dragoman[asgi]'"
+        ) from None
+    return asgi.AsgiService
 
 
 @app.command()

@@ -177,7 +177,11 @@ class Handler:
         """Take no more sessions, and wait until those that there are have finished, or for `drain_s`."""
         self._draining = True
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), self.limits.drain_s)
+            await asyncio.wait_for(self.emptied(), self.limits.drain_s)
+
+    async def emptied(self) -> None:
+        """Wait until there is no session."""
+        await self._empty.wait()
 
     def dismiss(self) -> None:
         """Tell every client that the service goes away, and have their connections closed with 1001."""

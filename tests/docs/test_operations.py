@@ -34,7 +34,7 @@ def test_the_defaults() -> None:
     assert f"| `--max-sessions` | {defaults.max_sessions} |" in TEXT
     assert (defaults.max_session_s, defaults.max_lag_s, defaults.metrics) == (None, None, False)
     assert f"`--drain-s` ({defaults.drain_s:g} s)" in TEXT
-    assert f"for which it waits {server._GOODBYE_TIMEOUT_S:g} s more" in TEXT
+    assert f"for which it waits {server.GOODBYE_TIMEOUT_S:g} s more" in TEXT
     assert f"may be behind for {scheduler._LATE_S:g} s" in TEXT
     assert f"did not take an event in {handler._SEND_TIMEOUT_S:g} s" in TEXT
 
