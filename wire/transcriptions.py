@@ -236,7 +236,7 @@ class Transcriptions(Dialect):
                 )
             )
             self._text += text
-            self._words += delta.words
+            self._words += delta.words if self._settings.logprobs else ()
         # A client that has asked for a commit gets this one, and not another beside it.
         if self._text and delta.endpoint and self._settings.detection and end is None:
             ended_ms = delta.emitted_ms
