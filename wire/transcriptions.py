@@ -132,8 +132,8 @@ class Transcriptions(Dialect):
         try:
             return self._take(event)
         except DragomanError as error:
-            if isinstance(event.get("event_id"), str):
-                self._culprits.append((str(error), event["event_id"]))
+            if isinstance(name := event.get("event_id"), str):
+                self._culprits.append((str(error), name.encode(errors="replace").decode()))
             raise
 
     def say(self, event: Event) -> list[Frame]:

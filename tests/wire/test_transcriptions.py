@@ -306,8 +306,16 @@ def test_an_error_names_the_event_that_caused_it() -> None:
         "event_id": "mine",
     }
     assert started.send("{")[0]["error"]["event_id"] is None
+    (answer,) = started.dialect.say(_refused(started, '{"type": "x", "event_id": "\\ud800"}'))
+    assert json.loads(answer.encode())["error"]["event_id"] == "?"  # half a character is none
     (failed,) = told(started.dialect.say(ErrorEvent(0, "server_shutdown", "connect again in a while")))
     assert failed["error"]["type"] == "server_error"
+
+
+def _refused(started: Talk, frame: str) -> ErrorEvent:
+    with pytest.raises(DragomanError) as caught:
+        started.dialect.take(frame)
+    return ErrorEvent(0, caught.value.code, str(caught.value))
 
 
 @pytest.mark.parametrize(
