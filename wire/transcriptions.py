@@ -98,7 +98,7 @@ class Transcriptions(Dialect):
         self._declared = False
         self._audio_bytes = self._uncommitted_bytes = 0
         self._replies: deque[_Reply] = deque()
-        self._culprits: deque[tuple[str, str]] = deque()  # sentence about a client's event, and its id
+        self._culprits: deque[tuple[str, str | None]] = deque()  # sentence about a client's event, and its id
         self._events = 0
         # The item that words are now told of.
         self._item = 1
@@ -128,12 +128,14 @@ class Transcriptions(Dialect):
         """One event; a binary frame is audio."""
         if isinstance(frame, bytes):
             return self._append(frame)
-        event = json_object(frame)
+        event: dict[str, Any] = {}
         try:
+            event = json_object(frame)
             return self._take(event)
         except DragomanError as error:
-            if isinstance(name := event.get("event_id"), str):
-                self._culprits.append((str(error), name.encode(errors="replace").decode()))
+            name = event.get("event_id")
+            known = name.encode(errors="replace").decode() if isinstance(name, str) else None
+            self._culprits.append((str(error), known))
             raise
 
     def say(self, event: Event) -> list[Frame]:
@@ -141,7 +143,7 @@ class Transcriptions(Dialect):
         match event:
             case TranscriptDelta():
                 return self._heard(event)
-            case SessionUpdated():
+            case SessionUpdated() if self._replies:  # a session that ends before it is declared is told of unasked
                 return self._reply(self._replies.popleft())
             case ErrorEvent():
                 return [self._error(event)]

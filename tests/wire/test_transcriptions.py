@@ -7,7 +7,7 @@ import pytest
 
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, SessionClosed, TranscriptDelta, Word
+from streaming.events import ErrorEvent, SessionClosed, SessionUpdated, TranscriptDelta, Word
 from streaming.session import SessionConfig
 from tests.wire.fake_engine import Talk, pcm, told
 from wire.messages import Command, LookaheadChange
@@ -289,15 +289,17 @@ def test_the_earlier_form_of_the_settings() -> None:
 def test_the_end_of_the_session_ends_the_item() -> None:
     dialect = Transcriptions.begin({})
     dialect.greeting("id-1", {"model": "fake"})
-    assert dialect.say(SessionClosed(0, 400)) == []
+    assert dialect.say(SessionUpdated({}, 0)) == dialect.say(SessionClosed(0, 0)) == []
     dialect.say(TranscriptDelta(0, " hello", 0, 300, 400, 0, False, (Word("hello", 0, 300, 0.9),)))
     assert completed(told(dialect.say(SessionClosed(0, 400)))) == ["hello"]
 
 
 def test_an_error_names_the_event_that_caused_it() -> None:
     started = talk()
-    started.send(append([0.2]))
-    (error,) = started.send({"type": "response.create", "event_id": "mine"})
+    refusals = [_refused(started, json.dumps({"type": "x", **event})) for event in ({}, {"event_id": "mine"})]
+    named = told([frame for refusal in refusals for frame in started.dialect.say(refusal)])
+    assert [error["error"]["event_id"] for error in named] == [None, "mine"]
+    _, error = started.send({"type": "response.create"}, {"type": "response.create", "event_id": "mine"})
     assert error["error"] == {
         "type": "invalid_request_error",
         "code": "unknown_event",
