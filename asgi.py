@@ -29,7 +29,6 @@ from starlette.types import Message, Receive, Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.datastructures import Headers
 
-import server
 from client.files import AudioFile
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
@@ -182,7 +181,9 @@ class _Socket:
     async def recv(self) -> Frame:
         message = await self._websocket.receive()
         if message["type"] == "websocket.disconnect":
-            self._end(message.get("code"))
+            # A connection that was lost has no reason; a client that said goodbye without a code has an empty one.
+            if message.get("reason") is not None:
+                self._close_code = self._close_code or message.get("code", 1005)
             raise TransportClosed
         binary = message.get("bytes")
         frame: Frame = message["text"] if binary is None else binary
@@ -198,7 +199,7 @@ class _Socket:
             raise TransportClosed from None
 
     async def close(self, code: int, reason: str = "") -> None:
-        self._end(code)
+        self._close_code = code
         try:
             await self._websocket.close(code, reason)
         except (WebSocketDisconnect, RuntimeError):
@@ -210,10 +211,6 @@ class _Socket:
     @property
     def close_code(self) -> int | None:
         return self._close_code
-
-    def _end(self, code: int | None) -> None:
-        if self._close_code is None and code not in (None, 1005, 1006):
-            self._close_code = code
 
 
 class _Upload:
@@ -267,9 +264,11 @@ def _fields(form: FormData) -> dict[str, str]:
     """The fields of a form but its file; values of one field are parted by commas."""
     fields: dict[str, str] = {}
     for name, value in form.multi_items():
+        if name == "file":
+            continue
         if isinstance(value, str):
             fields[name] = f"{fields[name]},{value}" if name in fields else value
-        elif name != "file":
+        else:
             raise DragomanError("invalid_value", f"{name} is a file: send the recording as file, and nothing else so")
     return fields
 
@@ -323,7 +322,9 @@ def application(
         handler.dismiss()
         await handler.stop()
 
-    return Starlette(routes=App(handler, Admission(handler, settings)).routes(), lifespan=lifespan)
+    app = Starlette(routes=App(handler, Admission(handler, settings)).routes(), lifespan=lifespan)
+    app.state.handler = handler
+    return app
 
 
 class _Server(uvicorn.Server):
@@ -387,13 +388,3 @@ class AsgiService(Service):
             self._uvicorn.should_exit = True
             await self._serving
         await self._handler.stop()
-
-
-async def serve(
-    recognizer: Recognizer,
-    settings: Settings,
-    translator: AnyTranslator | None = None,
-    speculation: Speculation | None = None,
-) -> None:
-    """As `server.serve`, with recordings over REST."""
-    await server.serve(recognizer, settings, translator, speculation, kind=AsgiService)
