@@ -81,7 +81,7 @@ def test_the_commands(line: str) -> None:
             parse(client.cli.app, arguments)
         case ["python", "-m", "benchmarks.load", *arguments]:
             app = typer.Typer()
-            app.command()(benchmarks.load.main)
+            app.command()(benchmarks.load.run)
             parse(app, arguments)
         case ["serve", "run", "server_ray:build", *arguments]:
             server_ray = pytest.importorskip("server_ray")
