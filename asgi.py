@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -46,6 +46,10 @@ MAX_UPLOAD_BYTES: Final = 25 << 20
 MAX_WAITING: Final = 16
 """Recordings that wait for a place; more are refused."""
 
+MAX_RECORDING_S: Final = 4 * 3600
+"""Length of a recording: a small file can be very long."""
+
+_UPLOAD_TIMEOUT_S: Final = 120.0
 _MAX_FIELDS: Final = 20
 _MAX_FIELD_BYTES: Final = 64 << 10
 _BLOCK_S: Final = 1
@@ -131,27 +135,16 @@ class App:
             raise _Refusal(status, {"token": "invalid_token", "origin": "origin_refused"}.get(reason, reason), sentence)
 
     async def _take(self, request: Request, kind: type[Recording]) -> Response:
-        self._waiting += 1
-        try:
-            bounded = Request(request.scope, _bounded(request.receive))
-            async with bounded.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
-                file = form.get("file")
-                recording = kind.begin(_fields(form))
-                if not isinstance(file, UploadFile):
-                    raise DragomanError("missing_file", "the form has no file: send multipart/form-data with one")
-                path = await asyncio.to_thread(_saved, file)
-        except HTTPException as error:
-            code = "invalid_form" if error.status_code == HTTPStatus.BAD_REQUEST else "upload_too_large"
-            raise _Refusal(HTTPStatus(error.status_code), code, error.detail) from None
-        except BaseException:
-            self._waiting -= 1
-            raise
-        try:
-            async with self._places:
+        async with AsyncExitStack() as stack:
+            self._waiting += 1
+            try:
+                request = Request(request.scope, _bounded(request.receive))
+                recording, path = await _received(request, kind)
+                stack.callback(path.unlink)
+                await stack.enter_async_context(self._places)
+            finally:
                 self._waiting -= 1
-                return await self._transcribed(bounded, recording, path)
-        finally:
-            path.unlink()
+            return await self._transcribed(request, recording, path)
 
     async def _transcribed(self, request: Request, recording: Recording, path: Path) -> Response:
         source = await asyncio.to_thread(AudioFile, path)
@@ -228,6 +221,7 @@ class _Upload:
         self.reason = ""
         self._request = request
         self._blocks: Iterator[Any] = source.blocks(_BLOCK_S * source.format.sample_rate_hz)
+        self._left_samples = MAX_RECORDING_S * source.format.sample_rate_hz
         self._closed = asyncio.Event()
 
     async def recv(self) -> Frame:
@@ -238,6 +232,11 @@ class _Upload:
         except DragomanError as error:
             self.problem = error
             raise TransportClosed from None
+        self._left_samples -= 0 if block is None else len(block)
+        if self._left_samples < 0:
+            sentence = f"the recording is longer than {MAX_RECORDING_S / 3600:g} hours: cut it"
+            self.problem = DragomanError("recording_too_long", sentence)
+            raise TransportClosed
         return END if block is None else block.tobytes()
 
     async def send(self, frame: Frame) -> None:
@@ -258,6 +257,26 @@ def _target(scope: Scope) -> str:
 
 def _headers(scope: Scope) -> Headers:
     return Headers([(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]])
+
+
+async def _received(request: Request, kind: type[Recording]) -> tuple[Recording, Path]:
+    """What a form asks for, and its recording, in a file that the caller deletes."""
+    try:
+        async with (
+            asyncio.timeout(_UPLOAD_TIMEOUT_S),
+            request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form,
+        ):
+            file = form.get("file")
+            recording = kind.begin(_fields(form))
+            if not isinstance(file, UploadFile):
+                raise DragomanError("missing_file", "the form has no file: send multipart/form-data with one")
+            return recording, await asyncio.to_thread(_saved, file)
+    except TimeoutError:
+        sentence = f"the request took more than {_UPLOAD_TIMEOUT_S:g} s to arrive: send a smaller recording"
+        raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, "upload_too_slow", sentence) from None
+    except HTTPException as error:
+        code = "invalid_form" if error.status_code == HTTPStatus.BAD_REQUEST else "upload_too_large"
+        raise _Refusal(HTTPStatus(error.status_code), code, error.detail) from None
 
 
 def _fields(form: FormData) -> dict[str, str]:

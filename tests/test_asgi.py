@@ -297,10 +297,21 @@ async def test_requests_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
             status, error = await post(address, body, kind)
             assert (status, error["code"]) == (400, code), error
         good = part("file", sound, "a.wav") + b"--x--\r\n"
+        monkeypatch.setattr(asgi, "MAX_WAITING", 1)  # nobody waits any more
         assert (await post(address, good))[0] == 200
         monkeypatch.setattr(asgi, "MAX_UPLOAD_BYTES", 10_000)
         status, error = await post(address, good)
         assert (status, error["code"]) == (413, "upload_too_large")
+        monkeypatch.setattr(asgi, "MAX_UPLOAD_BYTES", 1 << 20)
+        monkeypatch.setattr(asgi, "MAX_RECORDING_S", 0.2)
+        status, error = await post(address, good)
+        assert (status, error["code"]) == (400, "recording_too_long")
+        monkeypatch.setattr(asgi, "_UPLOAD_TIMEOUT_S", 0.5)
+        reader, writer = await asyncio.open_connection(*re.findall(r"//([^:/]+):(\d+)", url)[0])
+        head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n"
+        writer.write(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n".encode())
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), 20)
+        writer.close()
         assert (await get(address))[0] == 404
         assert json.loads((await get(f"{http(url)}/healthz"))[1])["sessions"] == 0
 
