@@ -127,11 +127,11 @@ class Admission:
             return Answer(HTTPStatus.OK, text, kind)
         if path in ("/healthz", "/readyz"):
             return self._health(is_ready=path == "/readyz")
-        refusal = self._refusal(path, headers)
+        refusal = self._refusal(target, headers)
         if refusal is None:
             if path == METRICS_PATH:
                 return Answer(HTTPStatus.OK, self._handler.metrics.text(), TEXT_FORMAT)
-            return _unusable(target)
+            return self._unusable(target)
         reason, status, text = refusal
         if reason and path in _DIALECTS and "Upgrade" in headers:
             self._handler.metrics.refused.labels(reason).inc()
@@ -148,12 +148,13 @@ class Admission:
         status = HTTPStatus.SERVICE_UNAVAILABLE if unavailable else HTTPStatus.OK
         return Answer(status, f"{json.dumps(health)}\n")
 
-    def _refusal(self, path: str, headers: Headers) -> tuple[str, HTTPStatus, str] | None:
+    def _refusal(self, target: str, headers: Headers) -> tuple[str, HTTPStatus, str] | None:
         """Why a client may not begin a session or see the metrics, if it may not: reason, status and sentence."""
+        path = target.partition("?")[0]
         is_metrics = path == METRICS_PATH and self._settings.metrics
         if path not in _DIALECTS and not is_metrics:
             return "", HTTPStatus.NOT_FOUND, f"there is no {path} here: connect to {PATH}"
-        return self.refusal(headers, takes_place=not is_metrics)
+        return self.refusal(headers, takes_place=not is_metrics and not _resumed(target))
 
     def refusal(self, headers: Headers, *, takes_place: bool) -> tuple[str, HTTPStatus, str] | None:
         """Why a client may not use the service, if it may not: reason, status and sentence.
@@ -171,6 +172,16 @@ class Admission:
         if takes_place and (unavailable := self._handler.unavailable()):
             reason, text = unavailable
             return reason, HTTPStatus.SERVICE_UNAVAILABLE, text
+        return None
+
+    def _unusable(self, target: str) -> Answer | None:
+        """What is wrong with the address of a session, if anything is."""
+        try:
+            session_id = dialect_at(target).resumes
+        except DragomanError as error:
+            return Answer(HTTPStatus.BAD_REQUEST, f"{error}\n")
+        if session_id is not None and not self._handler.resumable(session_id):
+            return Answer(HTTPStatus.GONE, f"there is no session {shown(session_id)} any more: begin a new one\n")
         return None
 
     def _allows_origin(self, headers: Headers) -> bool:
@@ -214,8 +225,7 @@ class _Carrier:
 
     @property
     def close_code(self) -> int | None:
-        protocol = self._connection.protocol
-        close = protocol.close_rcvd if protocol.close_rcvd_then_sent else protocol.close_sent
+        close = self._connection.protocol.close_rcvd
         return None if close is None else int(close.code)
 
 
@@ -306,21 +316,21 @@ def dialect_at(target: str) -> Dialect:
     return _DIALECTS[path].begin(dict(parse_qsl(query, keep_blank_values=True)))
 
 
-def _unusable(target: str) -> Answer | None:
-    """What is wrong with the address of a session, if anything is."""
+def _resumed(target: str) -> bool:
+    """Whether an address asks to go on with a session, which has its place already."""
     try:
-        dialect_at(target)
-    except DragomanError as error:
-        return Answer(HTTPStatus.BAD_REQUEST, f"{error}\n")
-    return None
+        return dialect_at(target).resumes is not None
+    except DragomanError:
+        return False
 
 
 def _has_token(headers: Headers, token: str) -> bool:
     """Whether a client sends the token: in a header, or, as browsers cannot, among its subprotocols."""
     encoded = base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
     offered = [part.strip() for value in headers.get_all("Sec-WebSocket-Protocol") for part in value.split(",")]
-    sent = headers.get_all("Authorization")
-    pairs = [(given, f"{scheme} {token}") for given in sent for scheme in ("Bearer", "Token")]  # "Token" is Deepgram's
+    sent = [value.partition(" ") for value in headers.get_all("Authorization")]
+    # "Token" is Deepgram's.
+    pairs = [(given, token) for scheme, _, given in sent if scheme.lower() in ("bearer", "token")]
     pairs += [(given, f"{_TOKEN_SUBPROTOCOL}{encoded}") for given in offered]
     # What is no UTF-8 comes with surrogates.
     return any(

@@ -321,6 +321,10 @@ def serve(
             help="Where a session stays so many seconds of audio behind, end the newest. Left out: end none.",
         ),
     ] = None,
+    resume_s: Annotated[
+        float,
+        typer.Option("--resume-s", metavar="S", min=0, help="Time that a session waits for a client that was lost."),
+    ] = 30.0,
     drain_s: Annotated[
         float, typer.Option("--drain-s", metavar="S", min=0, help="Time that sessions have to finish after SIGTERM.")
     ] = 5.0,
@@ -373,6 +377,7 @@ def serve(
             max_sessions=max_sessions,
             max_session_s=None if max_session_minutes is None else 60 * max_session_minutes,
             max_lag_s=max_lag_s,
+            resume_s=resume_s,
             drain_s=drain_s,
             metrics=metrics,
             translate_ahead=ahead,

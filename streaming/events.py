@@ -85,6 +85,26 @@ class SessionUpdated(_Json):
 
 
 @dataclass(frozen=True)
+class SessionResumed(_Json):
+    """A session goes on over a new connection; the events after `seq` come again.
+
+    Attributes:
+        seq: Number of the last event that the client says it has; this one has no number of its own.
+        messages: How many messages of the client have come, from its first connection on.
+        audio_bytes: How much audio was in them, as it was sent.
+    """
+
+    seq: int
+    messages: int
+    audio_bytes: int
+
+    TYPE: ClassVar[str] = "session.resumed"
+
+    def _fields(self) -> dict[str, Any]:
+        return {"messages": self.messages, "audio_bytes": self.audio_bytes}
+
+
+@dataclass(frozen=True)
 class TranscriptDelta(_Json):
     """Words that are now certain.
 
@@ -193,7 +213,9 @@ class ErrorEvent(_Json):
         return {"error": {"code": self.code, "message": self.message}}
 
 
-Event = SessionCreated | SessionUpdated | TranscriptDelta | TranslationDelta | SessionClosed | ErrorEvent
+Event = (
+    SessionCreated | SessionUpdated | SessionResumed | TranscriptDelta | TranslationDelta | SessionClosed | ErrorEvent
+)
 
 
 def parse_event(text: str | bytes) -> Event:
@@ -213,6 +235,8 @@ def parse_event(text: str | bytes) -> Event:
                 return SessionCreated(data["session"], data["seq"])
             case SessionUpdated.TYPE:
                 return SessionUpdated(data["session"], data["seq"])
+            case SessionResumed.TYPE:
+                return SessionResumed(data["seq"], data["messages"], data["audio_bytes"])
             case TranscriptDelta.TYPE:
                 return _parse_transcript_delta(data)
             case TranslationDelta.TYPE:

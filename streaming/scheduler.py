@@ -35,7 +35,7 @@ from streaming.events import (
 from streaming.interpreter import translate_ahead
 from streaming.session import Session, SessionConfig, tick
 from streaming.speculation import Speculation
-from wire.messages import DEFAULTS, ClientMessage, CloseCode, Command, LookaheadChange
+from wire.messages import DEFAULTS, CloseCode, Command, LookaheadChange, SessionMessage
 
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
@@ -76,7 +76,7 @@ class Stream:
         self.number = 0  # counts the sessions of an engine
         self.served = 0  # the step that advanced it last
         # Of both sides:
-        self.inbox: deque[ClientMessage] = deque()
+        self.inbox: deque[SessionMessage] = deque()
         self.outbox: deque[Event | CloseCode] = deque()
         self.declared = False  # the client has said what it will send
         self.ended = False  # no more audio is taken
@@ -130,7 +130,7 @@ class Stream:
         full = self.waiting_bytes > self._max_waiting_bytes or len(self.inbox) > _MAX_WAITING_MESSAGES
         return self.over or not full
 
-    def put(self, message: ClientMessage) -> None:
+    def put(self, message: SessionMessage) -> None:
         """Queue a message for the engine, after the defaults if it is the first; called on the client's side."""
         if isinstance(message, SessionConfig):
             self.declared = True
@@ -186,7 +186,7 @@ class Stream:
             self._arrivals.popleft()
         return timed
 
-    def take(self) -> ClientMessage:
+    def take(self) -> SessionMessage:
         """The next message for the engine, on whose thread this is called; of much audio, the beginning."""
         was_full = not self.has_room
         message = self.inbox.popleft()
@@ -210,7 +210,7 @@ class Stream:
         self.tell(ErrorEvent(0, code, message), close_code)
 
 
-def _size(message: ClientMessage) -> int:
+def _size(message: SessionMessage) -> int:
     return len(message) if isinstance(message, bytes) else 0
 
 

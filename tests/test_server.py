@@ -451,7 +451,7 @@ async def test_one_session_too_many_is_refused_until_another_ends() -> None:
 
 
 async def test_a_vanished_client_frees_its_place() -> None:
-    async with running_service(max_sessions=1) as url:
+    async with running_service(max_sessions=1, resume_s=0.3) as url:
         connection = await connect(url)
         await connection.send(pcm([0.2]))
         connection.transport.abort()

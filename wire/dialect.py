@@ -19,6 +19,13 @@ class Dialect(Protocol):
     PATH: ClassVar[str]
     """Where the service speaks it."""
 
+    RESUMABLE: ClassVar[bool] = False
+    """Whether a client may go on with a session on a new connection; then it has ways to say so, and each frame that
+    is said of an event has the number of the frames before it."""
+
+    resumes: str | None = None
+    """The session to go on with, if the address asks for that; the first frame is then taken to be a `Resume`."""
+
     @classmethod
     def begin(cls, query: Mapping[str, str]) -> Self:
         """The dialect of a session that has just begun.
@@ -28,7 +35,10 @@ class Dialect(Protocol):
         """
 
     def greeting(self, session_id: str, defaults: dict[str, Any]) -> list[Frame]:
-        """What is said when the connection is open, about a session with these settings and models."""
+        """What is said when the connection is open, about a session with these settings and models.
+
+        A session that may be resumed has ``resume`` among them: the ``token``, and ``within_s``.
+        """
 
     def opening(self) -> list[ClientMessage]:
         """What the address alone has asked for."""

@@ -28,7 +28,23 @@ class LookaheadChange:
     max_lookahead_ms: int | None
 
 
-ClientMessage = SessionConfig | LookaheadChange | bytes | Command
+SessionMessage = SessionConfig | LookaheadChange | bytes | Command
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A client goes on with a session whose connection it has lost.
+
+    Attributes:
+        token: Secret that the client was told when the session began.
+        seq: Number of the last event that it has; -1 for none.
+    """
+
+    token: str
+    seq: int
+
+
+ClientMessage = SessionMessage | Resume
 
 
 class CloseCode(IntEnum):

@@ -11,26 +11,28 @@ from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import Event, SessionCreated
+from streaming.events import Event, SessionCreated, SessionResumed
 from streaming.session import SessionConfig
 from wire.dialect import Dialect, Frame
-from wire.fields import section, shown, value_at
-from wire.messages import DEFAULT_RATE_HZ, ClientMessage, Command, LookaheadChange
+from wire.fields import json_object, section, shown, value_at
+from wire.messages import DEFAULT_RATE_HZ, ClientMessage, Command, LookaheadChange, Resume, SessionMessage
 
 
 class Translations(Dialect):
     """Text frames are JSON events, binary frames are PCM; every event of the service has a number."""
 
     PATH: ClassVar[str] = "/v1/realtime/translations"
+    RESUMABLE: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, resumes: str | None = None) -> None:
+        self.resumes = resumes
         self._declared = False
         self._seq = 0
 
     @classmethod
     def begin(cls, query: Mapping[str, str]) -> Self:
-        """The dialect of a session; the query, which others put their model's name into, asks for nothing."""
-        return cls()
+        """The dialect of a session; the query may name one to go on with, and its other fields ask for nothing."""
+        return cls(query.get("resume"))
 
     def greeting(self, session_id: str, defaults: dict[str, Any]) -> list[Frame]:
         """The event ``session.created``."""
@@ -42,12 +44,16 @@ class Translations(Dialect):
 
     def take(self, frame: Frame) -> list[ClientMessage]:
         """One event, or audio."""
+        if self.resumes is not None:
+            return [parse_resume(frame)]
         message = frame if isinstance(frame, bytes) else parse_message(frame, declared=self._declared)
         self._declared = True
         return [message]
 
     def say(self, event: Event) -> list[Frame]:
-        """The event with its number."""
+        """The event with its number; that a session goes on has none of its own."""
+        if isinstance(event, SessionResumed):
+            return [event.to_json()]
         self._seq += 1
         return [replace(event, seq=self._seq - 1).to_json()]
 
@@ -86,7 +92,22 @@ def _describe_translator(translator: AnyTranslator) -> dict[str, Any]:
     }
 
 
-def parse_message(text: str, *, declared: bool = False) -> ClientMessage:
+def parse_resume(frame: Frame) -> Resume:
+    """Read the first event of a client that goes on with a session.
+
+    Raises:
+        DragomanError: With a code, and a sentence that says what belongs there.
+    """
+    event = {} if isinstance(frame, bytes) else json_object(frame)
+    if event.get("type") != "session.resume":
+        raise DragomanError(
+            "resume_expected", "the address asks to go on with a session: send session.resume before anything else"
+        )
+    fields = section(event, "the event", "type", "event_id", "token", "seq")
+    return Resume(value_at(fields, "token", str, ""), value_at(fields, "seq", int, -1))
+
+
+def parse_message(text: str, *, declared: bool = False) -> SessionMessage:
     """Read one JSON event of a client.
 
     Args:

@@ -208,20 +208,20 @@ def test_a_model_that_is_not_there(wav: Callable[..., str], tmp_path: Path, monk
 def test_the_limits_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[server.Settings] = []
 
-    async def serve(recognizer: object, settings: server.Settings, *_: object) -> None:
+    async def serve(recognizer: object, settings: server.Settings, *_: object, **__: object) -> None:
         asked.append(settings)
 
     monkeypatch.setattr(server, "serve", serve)
     for options in (
         "",
-        "--max-sessions 3 --max-session-minutes 90 --max-lag-s 4.5 --drain-s 0 --metrics",
+        "--max-sessions 3 --max-session-minutes 90 --max-lag-s 4.5 --drain-s 0 --resume-s 9 --metrics",
     ):
         assert runner.invoke(app, ["serve", "--translator", "fake", *options.split()]).exit_code == 0
     assert asked == [
         server.Settings(),
-        server.Settings(max_sessions=3, max_session_s=5_400, max_lag_s=4.5, drain_s=0, metrics=True),
+        server.Settings(max_sessions=3, max_session_s=5_400, max_lag_s=4.5, drain_s=0, resume_s=9, metrics=True),
     ]
-    for wrong in ("--max-session-minutes 0", "--max-lag-s 1", "--max-lag-s 30", "--drain-s -1"):
+    for wrong in ("--max-session-minutes 0", "--max-lag-s 1", "--max-lag-s 30", "--drain-s -1", "--resume-s -1"):
         result = runner.invoke(app, ["serve", *wrong.split()])
         assert result.exit_code == 2 and wrong.split()[0] in result.stderr
     assert len(asked) == 2

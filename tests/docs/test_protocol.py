@@ -17,6 +17,7 @@ from streaming.events import (
     ErrorEvent,
     SessionClosed,
     SessionCreated,
+    SessionResumed,
     SessionUpdated,
     TranscriptDelta,
     TranslationDelta,
@@ -25,8 +26,8 @@ from streaming.events import (
 from streaming.session import SessionConfig
 from tests.fakes import FakeRecognizer, FakeTranslator
 from wire import handler
-from wire.messages import CloseCode, Command, LookaheadChange
-from wire.translations import describe, parse_message
+from wire.messages import CloseCode, Command, LookaheadChange, Resume
+from wire.translations import describe, parse_message, parse_resume
 
 ROOT: Final = Path(__file__).parents[2]
 TEXT: Final = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -58,14 +59,25 @@ def test_what_the_service_sends(example: str) -> None:
     assert event.to_dict() == json.loads(example)
     assert list(event.to_dict()) == list(json.loads(example))
     if isinstance(event, SessionCreated | SessionUpdated):
-        named = {"id"} if isinstance(event, SessionCreated) else set()
+        named = {"id", "resume"} if isinstance(event, SessionCreated) else set()
         assert set(event.session) == set(described()) | named
         assert event.session["translator"].keys() == described()["translator"].keys()
         assert event.session["translator"]["latencies"] == list(LATENCIES)
 
 
+def test_how_a_session_goes_on() -> None:
+    (created,) = (json.loads(e)["session"] for e in examples(SERVICE) if '"session.created"' in e)
+    (resumed,) = (json.loads(e) for e in examples(SERVICE) if '"session.resumed"' in e)
+    (resume,) = examples(SERVICE, "json resume")
+    assert parse_resume(resume) == Resume(created["resume"]["token"], resumed["seq"])
+    assert server.dialect_at(re.findall(r"^    ws://[^/]+(\S+resume=\S+)$", SERVICE, re.M)[0]).resumes == created["id"]
+    assert created["resume"]["within_s"] == server.Settings().resume_s
+    assert handler._MAX_SAID == 2**20
+
+
 def test_every_event_of_the_service_has_an_example() -> None:
-    known = (SessionCreated, SessionUpdated, TranscriptDelta, TranslationDelta, SessionClosed, ErrorEvent)
+    deltas = (TranscriptDelta, TranslationDelta)
+    known = (SessionCreated, SessionUpdated, SessionResumed, *deltas, SessionClosed, ErrorEvent)
     shown = {json.loads(example)["type"] for example in examples(SERVICE.split("\n## Errors\n")[0])}
     assert shown == {kind.TYPE for kind in known}
 
@@ -77,7 +89,8 @@ def described() -> dict[str, Any]:
 
 def test_the_defaults() -> None:
     created = json.loads(examples(SERVICE)[0])["session"]
-    for name in ("model", "translator", "id"):
+    assert created["resume"].keys() == {"token", "within_s"}
+    for name in ("model", "translator", "id", "resume"):
         del created[name]
     assert created == {key: value for key, value in described().items() if key not in ("model", "translator")}
     rows = dict(re.findall(r"^\| `([\w.]+)` \| `?([^`|]*?)`? \|", CLIENT, re.M))
@@ -123,6 +136,7 @@ def test_limits_and_close_codes() -> None:
         f" {scheduler._MAX_WAITING_EVENTS} ",
         f" {handler._SEND_TIMEOUT_S:g} s ",
         f" {defaults.idle_timeout_s:g} s ",
+        f" `--resume-s`, {defaults.resume_s:g} s ",
         f" audio that a session is behind for {scheduler._LATE_S:g} s ",
     ):
         assert f"|{number}|" in limits or f"| {number.strip()} |" in limits
