@@ -312,7 +312,7 @@ class Handler:
                 transport.abort()
                 return
             conversation.claimed.clear()
-            if self._conversations.get(conversation.id) is not conversation:
+            if conversation.dialect.RESUMABLE and self._conversations.get(conversation.id) is not conversation:
                 raise DragomanError("resume_unknown", "the session has just ended: begin a new one")
             try:
                 first = self._greeting(conversation) if seq is None else self._catch_up(conversation, seq)

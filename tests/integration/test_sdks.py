@@ -223,14 +223,14 @@ def test_openai_with_real_speech(embedded: str) -> None:
 # ------------------------------------------------------------------------------------------------------ deepgram
 
 
-def deepgram_client(address: str, *, is_async: bool = False, api_key: str = "none") -> Any:
+def deepgram_client(address: str, *, is_async: bool = False, **secret: str) -> Any:
     deepgram = pytest.importorskip("deepgram")
     from deepgram.environment import DeepgramClientEnvironment
 
     http, ws = f"http://{address}", f"ws://{address}"
     environment = DeepgramClientEnvironment(base=http, production=ws, agent=ws, agent_rest=http)
     kind = deepgram.AsyncDeepgramClient if is_async else deepgram.DeepgramClient
-    return kind(api_key=api_key, environment=environment)
+    return kind(**(secret or {"api_key": "none"}), environment=environment)
 
 
 def checked(message: Any) -> Any:
@@ -278,16 +278,17 @@ async def test_deepgram_with_asyncio_and_a_token(monkeypatch: pytest.MonkeyPatch
     async with running_service(token="sesame") as url:
         address = url.split("/")[2]
         raw: dict[str, Any] = {"model": "nova-3", "encoding": "linear16", "sample_rate": 16_000}
-        messages: list[Any] = []
-        client = deepgram_client(address, is_async=True, api_key="sesame")
-        async with client.listen.v1.connect(**raw) as connection:
-            connection.on(EventType.MESSAGE, messages.append)
-            listening = asyncio.create_task(connection.start_listening())
-            await connection.send_media(pcm([0.2, 0.3], 16_000))
-            await connection.send_close_stream()
-            await asyncio.wait_for(listening, 60)
-        assert results_text(messages) == "w20 w30"
-        assert messages[-1].type == "Metadata"
+        for secret in ({"api_key": "sesame"}, {"access_token": "sesame"}):
+            messages: list[Any] = []
+            client = deepgram_client(address, is_async=True, **secret)
+            async with client.listen.v1.connect(**raw) as connection:
+                connection.on(EventType.MESSAGE, messages.append)
+                listening = asyncio.create_task(connection.start_listening())
+                await connection.send_media(pcm([0.2, 0.3], 16_000))
+                await connection.send_close_stream()
+                await asyncio.wait_for(listening, 60)
+            assert results_text(messages) == "w20 w30"
+            assert messages[-1].type == "Metadata"
         with pytest.raises(ApiError, match="invalid credentials"):
             async with deepgram_client(address, is_async=True, api_key="wrong").listen.v1.connect(**raw):
                 pytest.fail("a stranger was let in")
