@@ -155,6 +155,28 @@ def test_openai_commits_itself(address: str) -> None:
     assert all(is_whole(event) for event in (*events, error))
 
 
+@pytest.mark.parametrize(
+    "audio_input",
+    [
+        {"format": {"type": "audio/pcmu"}, "turn_detection": None},
+        {"format": {"type": "audio/pcma"}, "turn_detection": {"type": "semantic_vad", "eagerness": "high"}},
+        {"transcription": {"model": "gpt-realtime-whisper", "delay": "minimal"}},
+    ],
+)
+def test_openai_is_told_its_settings(address: str, audio_input: dict[str, Any]) -> None:
+    with openai_client(address).realtime.connect(extra_query={"intent": "transcription"}) as connection:
+        session = {"type": "transcription", "audio": {"input": audio_input}}
+        session["include"] = ["item.input_audio_transcription.logprobs"]
+        connection.session.update(session=session)
+        events = until(connection, "session.updated")
+    assert all(is_whole(event) for event in events)
+    told = events[-1].session.to_dict()
+    assert told["include"] == session["include"]
+    for name, value in audio_input.items():
+        shown = told["audio"]["input"][name]
+        assert shown == value or (name == "transcription" and shown == {"model": "fake", "delay": "minimal"})
+
+
 async def test_openai_with_asyncio_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "Session", FakeSession)
     monkeypatch.setattr(scheduler, "tick", fake_tick)
@@ -317,6 +339,45 @@ def test_deepgram_with_real_speech(embedded: str) -> None:
     assert results_text(messages) == transcript(audio, 16_000)
     assert [message.from_finalize for message in messages[:-1]].count(True) == 1
     assert messages[-1].duration == pytest.approx(11, abs=0.1)
+
+
+async def test_clients_side_by_side_get_what_is_theirs(address: str) -> None:
+    async def openai_items(levels: Sequence[float]) -> list[str]:
+        client = openai_client(address, is_async=True)
+        items: list[str] = []
+        async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+            audio_input = {"format": {"type": "audio/pcm", "rate": 16_000}, "turn_detection": None}
+            await connection.session.update(session={"type": "transcription", "audio": {"input": audio_input}})
+            for level in levels:
+                for piece in pieces(pcm([level, level], 16_000)):
+                    await connection.input_audio_buffer.append(audio=base64.b64encode(piece).decode())
+                await connection.input_audio_buffer.commit()
+            async for event in connection:
+                items += [event.transcript] if event.type == COMPLETED else []
+                if len(items) == len(levels):
+                    return items
+        return items
+
+    async def deepgram_finals(levels: Sequence[float]) -> list[str]:
+        client = deepgram_client(address, is_async=True)
+        finals: list[str] = []
+        async with client.listen.v1.connect(model="any", encoding="linear16", sample_rate=16_000) as connection:
+            for level in levels:
+                await connection.send_media(pcm([level, level], 16_000)[:-2_000])
+                await connection.send_finalize()
+            await connection.send_close_stream()
+            async for message in connection:
+                if message.type == "Results":
+                    assert message.from_finalize == (len(finals) % 2 == 1)
+                    finals.append(message.channel.alternatives[0].transcript)
+        return finals
+
+    talks = [[(first + step) / 100 for step in range(6)] for first in (10, 20, 30)]
+    async with asyncio.timeout(120):
+        told = await asyncio.gather(*map(openai_items, talks), *map(deepgram_finals, talks))
+    words = [[f"w{round(100 * level)}" for level in levels] for levels in talks]
+    assert told[:3] == [[f"{word} {word}" for word in some] for some in words]
+    assert told[3:] == [[word for word in some for _ in range(2)] for some in words]
 
 
 # --------------------------------------------------------------------------------------------------- simulstream
