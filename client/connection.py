@@ -16,16 +16,20 @@
         for event in session:
             print(event)
 
+A session whose connection is lost goes on over a new one, as long as the service keeps it: what was on its way is sent
+again, and what comes twice is passed over.
+
 Nothing here grows with the session. A service that falls behind holds `send` back, and events that nobody takes hold
 the service back, until it lets the client go: take events while you send.
 """
 
 import asyncio
 import json
+import random
 import ssl
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import urlsplit
@@ -38,12 +42,23 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated, parse_event
+from streaming.events import (
+    ErrorEvent,
+    Event,
+    SessionClosed,
+    SessionCreated,
+    SessionResumed,
+    SessionUpdated,
+    parse_event,
+)
 
 #: Far below the service's limit of 1 MiB, and so little that no message holds up the next command for long.
 _MESSAGE_BYTES: Final = 1 << 16
 _WAITING_EVENTS: Final = 256  # events that may wait for the caller before the service is held back
 _ANSWER_TIMEOUT_S: Final = 30.0  # for the service to answer the declaration
+_KEPT_BYTES: Final = 16 << 20  # sent last, and kept for a service that might not have got it
+_MIN_BACKOFF_S: Final = 0.1  # between attempts to connect again, growing
+_MAX_BACKOFF_S: Final = 5.0
 _CLOSE_TIMEOUT_S: Final = 1.0  # for the service to say goodbye, when the session is left before its end
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
@@ -96,18 +111,37 @@ class LiveSession:
         audio: The format of the audio that is sent.
         created: What the service has: its models, languages and latencies.
         settings: What the session runs with.
+        notice: Told in a sentence when the connection is lost, and when the session goes on.
     """
 
     created: SessionCreated
     settings: SessionUpdated
 
-    def __init__(self, connection: ClientConnection, audio: AudioFormat) -> None:
-        """Wrap a fresh connection; `begin` declares the session."""
+    def __init__(
+        self,
+        connection: ClientConnection,
+        audio: AudioFormat,
+        reopen: Callable[[str], Awaitable[ClientConnection]],
+        notice: Callable[[str], object] = lambda sentence: None,
+    ) -> None:
+        """Wrap a fresh connection; `begin` declares the session, and `reopen` connects again to go on with one."""
         self.audio = audio
+        self.notice = notice
         self._connection = connection
+        self._reopen = reopen
+        self._kept: deque[str | bytes] = deque()  # messages that the service might not have got
+        self._kept_bytes = 0
+        self._kept_from = 0  # number of the first of them
+        self._next = 0  # number of the message that goes next into the present connection
+        self._seq = -1  # of the last event
+        self._sending = asyncio.Lock()
+        self._relinking: asyncio.Task[None] | None = None
+        self._catching_up: asyncio.Task[None] | None = None
         self._receiving = asyncio.Lock()
         self._waiting: deque[Event] = deque()  # received, and not yet given to the caller
         self._error: ServiceError | None = None  # if that is what the service told last
+        self._given_up: ServiceError | None = None  # why the session could not be gone on with
+        self._begun = False  # the service has taken the declaration
         self._finished = False  # this side has said everything
         self._over = False  # nothing more is to be received
 
@@ -132,6 +166,7 @@ class LiveSession:
             raise ServiceError("unreachable", f"the service did not answer for {_ANSWER_TIMEOUT_S:g} s") from None
         self._waiting.append(event)
         self.settings = event
+        self._begun = True
 
     async def send(self, pcm: Pcm) -> None:
         """Send audio of any length; wait while the service is behind.
@@ -184,26 +219,35 @@ class LiveSession:
         return event
 
     async def _receive(self) -> Event:
-        """The next event of the connection, maybe an error.
+        """The next event of the session, maybe an error.
 
         Raises:
             ConnectionClosed: There is none; all that came before has been received.
-            ServiceError: ``protocol_error``.
+            ServiceError: ``protocol_error``, or why the session cannot go on.
         """
-        frame = await self._connection.recv()
-        try:
-            event = parse_event(frame)
-        except ValueError as error:
-            raise ServiceError(
-                "protocol_error", f"the service sent what is no event of its protocol: {error}"
-            ) from None
+        while True:
+            connection = self._connection
+            try:
+                frame = await connection.recv()
+            except ConnectionClosed:
+                await self._relink(connection)
+                continue
+            event = _parsed(frame)
+            if event.seq > self._seq:
+                break
+        self._seq = event.seq
         self._error = _reported(event) if isinstance(event, ErrorEvent) else None
         self._over |= isinstance(event, SessionClosed)
         return event
 
     async def _send(self, message: str | bytes) -> None:
+        self._kept.append(message)
+        self._kept_bytes += len(message)
+        while self._kept_bytes > _KEPT_BYTES and self._kept_from < self._next:
+            self._kept_bytes -= len(self._kept.popleft())
+            self._kept_from += 1
         try:
-            await self._connection.send(message)
+            await self._put_on()
         except ConnectionClosed:
             async with self._receiving:  # why it has closed may stand in what nobody has looked at yet
                 with suppress(ConnectionClosed):
@@ -211,10 +255,98 @@ class LiveSession:
                         self._waiting.append(await self._receive())
             raise (self._error or self._lost()) from None
 
-    def _lost(self) -> ServiceError:
-        """The error of a connection that ended before the session; here a client that reconnects would begin."""
-        reason = self._connection.close_reason or f"code {self._connection.close_code}"
-        return ServiceError("connection_lost", f"the connection ended before the session did ({reason})")
+    async def _put_on(self) -> None:
+        """Send what has not been sent on the present connection, or on the next one."""
+        async with self._sending:
+            while self._next < self._kept_from + len(self._kept):
+                connection, number = self._connection, self._next
+                try:
+                    await connection.send(self._kept[number - self._kept_from])
+                except ConnectionClosed:
+                    await self._relink(connection)
+                    continue
+                if self._connection is connection:
+                    self._next = number + 1
+
+    async def _catch_up(self) -> None:
+        with suppress(ConnectionClosed, ServiceError):  # whoever receives is told the same
+            await self._put_on()
+
+    async def _relink(self, lost: ClientConnection) -> None:
+        """Wait until the session goes on over a new connection, if it can.
+
+        Raises:
+            ConnectionClosed: The session has ended, or cannot be gone on with; as `lost` says.
+            ServiceError: The service does not take it up again, and why.
+        """
+        if self._connection is not lost:
+            return
+        offer = self.created.session.get("resume") if self._begun else None
+        if self._over or offer is None or lost.protocol.close_rcvd is not None:
+            raise lost.protocol.close_exc
+        if self._relinking is None or self._relinking.done():
+            self._relinking = asyncio.create_task(self._go_on(offer["token"], offer["within_s"]))
+        await asyncio.shield(self._relinking)  # whoever waits for it now may have no time
+
+    async def _go_on(self, token: str, within_s: float) -> None:
+        """Connect again, and send what has not arrived."""
+        self.notice("the connection was lost: connecting again")
+        loop, backoff_s = asyncio.get_running_loop(), _MIN_BACKOFF_S
+        give_up_s = loop.time() + within_s
+        while True:
+            try:
+                async with asyncio.timeout_at(give_up_s):
+                    self._connection, self._next = await self._resumed(token)
+                break
+            except (ServiceError, ConnectionClosed, TimeoutError) as error:
+                is_final = isinstance(error, ServiceError) and error.code != "unreachable"
+                if is_final or loop.time() + backoff_s > give_up_s:
+                    self._over, self._given_up = True, self._lost(str(error) or f"no connection for {within_s:g} s")
+                    raise self._given_up from None
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # not all clients of a service at once
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+        self.notice("the session goes on")
+        # Whoever receives must not wait until the service takes what is sent: it may wait for its events to be taken.
+        if self._catching_up is None or self._catching_up.done():
+            self._catching_up = asyncio.create_task(self._catch_up())
+
+    async def _resumed(self, token: str) -> tuple[ClientConnection, int]:
+        """A new connection that carries the session, and the number of the message that the service wants next."""
+        connection = await self._reopen(self.created.session["id"])
+        try:
+            await connection.send(json.dumps({"type": "session.resume", "token": token, "seq": self._seq}))
+            event = _parsed(await connection.recv())
+            if isinstance(event, ErrorEvent):
+                raise _reported(event)
+            if not isinstance(event, SessionResumed) or event.messages < self._kept_from:
+                raise ServiceError("resume_impossible", "what the service has not got is not kept any more")
+            return connection, event.messages
+        except BaseException:
+            connection.transport.abort()
+            raise
+
+    def _lost(self, reason: str = "") -> ServiceError:
+        """The error of a connection that ended before the session."""
+        reason = reason or self._connection.close_reason or f"code {self._connection.close_code}"
+        return self._given_up or ServiceError(
+            "connection_lost", f"the connection ended before the session did ({reason})"
+        )
+
+    async def close(self) -> None:
+        """Close the connection, whatever is still to come."""
+        self._over = True
+        tasks = [task for task in (self._relinking, self._catching_up) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._connection.close()
+
+
+def _parsed(frame: str | bytes) -> Event:
+    try:
+        return parse_event(frame)
+    except ValueError as error:
+        raise ServiceError("protocol_error", f"the service sent what is no event of its protocol: {error}") from None
 
 
 @asynccontextmanager
@@ -224,6 +356,7 @@ async def connect(
     audio: AudioFormat | None = None,
     token: str | None = None,
     tls: ssl.SSLContext | None = None,
+    notice: Callable[[str], object] = lambda sentence: None,
     **settings: Unpack[SessionSettings],
 ) -> AsyncIterator[LiveSession]:
     """Open a session of the service; leaving the context closes the connection, whatever is still to come.
@@ -233,18 +366,22 @@ async def connect(
         audio: Format of the audio to be sent; None: 16 kHz mono s16le.
         token: Secret of the service, if it asks for one.
         tls: How to check the service's certificate; None: as this system does.
+        notice: Told in a sentence when the connection is lost, and when the session goes on.
         **settings: As in `SessionSettings`.
 
     Raises:
         ServiceError: ``unreachable``, ``refused``, or what the service has against the settings, with its code.
     """
-    connection = await _open(url, token, tls)
+
+    def reopen(session_id: str) -> Awaitable[ClientConnection]:
+        return _open(f"{url}{'&' if urlsplit(url).query else '?'}resume={session_id}", token, tls)
+
+    session = LiveSession(await _open(url, token, tls), audio or AudioFormat(), reopen, notice)
     try:
-        session = LiveSession(connection, audio or AudioFormat())
         await session.begin(settings)
         yield session
     finally:
-        await connection.close()
+        await session.close()
 
 
 async def _open(url: str, token: str | None, tls: ssl.SSLContext | None) -> ClientConnection:

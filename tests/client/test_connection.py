@@ -13,13 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.server import ServerConnection
 
+import client.connection
 import server
-from client.connection import ServiceError, connect, connect_sync, exchange, to_bytes
+from client.connection import LiveSession, ServiceError, connect, connect_sync, exchange, to_bytes
 from streaming import scheduler
 from streaming.audio import AudioFormat, AudioNormalizer
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated, TranslationDelta
 from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.proxy import Proxy
 
 LEVELS = [0.2, 0.4, 0.6]
 TEXT = " w20 w40 w60"
@@ -225,7 +227,7 @@ async def test_exchange_ends_when_either_side_fails() -> None:
             with pytest.raises(FloatingPointError):
                 await exchange(session, asyncio.sleep(60), refuse)
     async with asyncio.timeout(20):
-        async with running_service() as url, connect(url) as session:
+        async with running_service(resume_s=0) as url, connect(url) as session:
             stopping = asyncio.get_running_loop().call_later(0.1, session._connection.transport.abort)
             with pytest.raises(ServiceError) as caught:
                 await exchange(session, asyncio.sleep(60), lambda _: None)
@@ -381,3 +383,120 @@ def test_one_thread_sends_and_another_receives() -> None:
         sender.start()
         assert text(list(session)) == " w20 w40" * 40
         sender.join()
+
+
+async def cut_now_and_then(proxy: Proxy, pauses_s: Sequence[float]) -> None:
+    for pause_s in pauses_s:
+        await asyncio.sleep(pause_s)
+        proxy.cut()
+        await asyncio.sleep(0.15)
+        proxy.mend()
+
+
+@pytest.mark.parametrize("pauses_s", [[0.0], [0.3, 0.01, 0.4], [0.05] * 6, [0.9]])
+async def test_what_is_heard_does_not_depend_on_losses_of_the_connection(pauses_s: list[float]) -> None:
+    audio = pcm([0.2, 0.3, 0.4, 0] * 15)
+
+    async def speak(session: LiveSession) -> None:
+        for start in range(0, len(audio), 3_201):
+            await session.send(audio[start : start + 3_201])
+            await asyncio.sleep(0.002)
+            if start == 320_100:
+                await session.flush()  # in the middle of a word: twice would be heard
+        await session.finish()
+
+    told: list[list[Event]] = [[], []]
+    sentences: list[str] = []
+    for losses, events in zip(([], pauses_s), told, strict=True):
+        async with (
+            running_service(translator=FakeTranslator(), max_sessions=1) as url,
+            Proxy(url) as proxy,
+            connect(proxy.url, notice=sentences.append, languages=["es"]) as session,
+            asyncio.timeout(60),
+        ):
+            cutting = asyncio.create_task(cut_now_and_then(proxy, losses))
+            await exchange(session, speak(session), events.append)
+            await cutting
+    alone, events = told
+    assert sentences and sentences[-1] == "the session goes on" and proxy.connections > 1
+    assert [event.seq for event in events] == list(range(len(events)))
+    assert untimed(events[2:]) == untimed(alone[2:])
+
+
+def untimed(events: Sequence[Event]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in event.to_dict().items() if key != "backlog_ms"} for event in events]
+
+
+async def test_a_lost_session_that_does_not_come_back_is_given_up() -> None:
+    async with running_service(resume_s=1.0) as url, Proxy(url) as proxy, connect(proxy.url) as session:
+        await session.send(pcm([0.2]))
+        proxy.cut()
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(ServiceError) as caught:
+            async for _ in session:
+                pass
+        assert caught.value.code == "connection_lost" and "ws://" in str(caught.value)
+        assert 0.4 < asyncio.get_running_loop().time() - began_s < 5
+        with pytest.raises(ServiceError):
+            await session.send(pcm([0.2]))
+        assert [event async for event in session] == []
+
+
+async def test_a_session_that_the_service_has_forgotten_is_given_up_at_once() -> None:
+    async with running_service(resume_s=20) as url, Proxy(url) as proxy, connect(proxy.url) as session:
+        session.created.session["id"] = "another"
+        proxy.cut()
+        proxy.mend()
+        async with asyncio.timeout(10):
+            with pytest.raises(ServiceError, match="there is no session 'another' any more"):
+                async for _ in session:
+                    pass
+
+
+async def test_what_is_sent_and_not_kept_cannot_be_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.connection, "_KEPT_BYTES", 50_000)
+    async with running_service() as url, Proxy(url) as proxy, connect(proxy.url) as session:
+        await session.send(pcm([0.2]))
+        await session.send(pcm([0.3] * 2))
+        events = [await anext(session) for _ in range(5)]
+        assert text(events) == " w20 w30 w30"
+        proxy.stall()  # this does not arrive
+        for _ in range(9):
+            await session.send(pcm([0.4]))
+        assert session._kept_bytes <= 50_000
+        proxy.cut()
+        proxy.mend()
+        with pytest.raises(ServiceError, match="is not kept any more"):
+            async for _ in session:
+                pass
+
+
+def test_without_asyncio_a_session_goes_on_too() -> None:
+    """A receiver that waits for no more than a moment must not keep the session from going on."""
+    loop, running = asyncio.new_event_loop(), threading.Event()
+    proxies: list[Proxy] = []
+    done = asyncio.Event()
+
+    async def serve() -> None:
+        async with running_service() as url, Proxy(url) as proxy:
+            proxies.append(proxy)
+            running.set()
+            await done.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    running.wait(20)
+    events: list[Event] = []
+    with connect_sync(proxies[0].url) as session:
+        for i in range(20):
+            session.send(pcm([0.2]))
+            while event := session.receive(timeout_s=0):
+                events.append(event)
+            if i == 9:
+                loop.call_soon_threadsafe(proxies[0].cut)
+                loop.call_soon_threadsafe(proxies[0].mend)
+        session.finish()
+        events += list(session)
+    loop.call_soon_threadsafe(done.set)
+    thread.join()
+    assert text(events) == " w20" * 20 and proxies[0].connections == 2
