@@ -22,10 +22,11 @@ from streaming.errors import DragomanError
 
 if TYPE_CHECKING:
     from client.files import AudioSource
-    from models.translator import AnyTranslator, Translator
+    from models.translator import AnyTranslator, Policy, Translator
     from server import Service
     from streaming.audio import Encoding
     from streaming.glossary import Glossary
+    from streaming.remote import RemoteTranslator
     from streaming.session import Decoder, Lookahead
     from streaming.speculation import Speculation
 
@@ -84,6 +85,24 @@ GlossaryOption = Annotated[
 ]
 TranslatorOption = Annotated[
     Path | None, typer.Option("--translator", metavar="DIR", help="Folder of the translator; else the embedded one.")
+]
+TranslatorUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A server with OpenAI's completions API that runs the translator, such as http://127.0.0.1:8000/v1;"
+        " --translator then has its tokenizer and chat template.",
+    ),
+]
+TranslatorModelOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The model's name on that server. Left out: the folder's.")
+]
+TranslatorPolicyOption = Annotated[
+    Literal["wait-k", "local-agreement"],
+    typer.Option(help="When a translator on a server writes: some words behind, or what it says twice."),
+]
+TranslatorKeyOption = Annotated[
+    str | None, typer.Option(envvar="DRAGOMAN_TRANSLATOR_KEY", help="Secret of that server.")
 ]
 SpeculationOption = Annotated[
     bool | None,
@@ -237,6 +256,16 @@ def _load_translator(
     return translator
 
 
+def _remote_translator(
+    url: str, model: str | None, folder: Path | None, policy: "Policy", key: str | None
+) -> "RemoteTranslator":
+    """The translator that a server runs; its folder tells how it is asked."""
+    from streaming.remote import load_remote_translator
+
+    name = model or ("" if folder is None else folder.resolve().name)
+    return load_remote_translator(url, name, folder, policy=policy, key=key)
+
+
 def _load_speculation(
     translator: "Translator | None", folder: Path | None, wanted: bool | None
 ) -> "Speculation | None":
@@ -276,6 +305,10 @@ def translate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Lines worked on at a time.")] = 8,
+    translator_url: TranslatorUrlOption = None,
+    translator_model: TranslatorModelOption = None,
+    translator_policy: TranslatorPolicyOption = "wait-k",
+    translator_key: TranslatorKeyOption = None,
 ) -> None:
     """Translate text, reading each line word by word as if it were spoken.
 
@@ -284,15 +317,26 @@ def translate(
     with one_sentence():
         from client.translate import JsonLines, Lines, TextLines
         from client.translate import translate as run
+        from streaming.events import ErrorEvent
         from streaming.text_session import TextSession
 
         languages, terms = _languages(to), _glossary(glossary)
         stream = sys.stdin.buffer if text == STDIN else Path(text).open("rb")
-        interpreter = _load_translator(translator, device, dtype, languages, latency)
-        drafts = _load_speculation(interpreter, translator, speculation)
+        interpreter: AnyTranslator
+        drafts = None
+        if translator_url is not None:
+            interpreter = _remote_translator(
+                translator_url, translator_model, translator, translator_policy, translator_key
+            )
+        else:
+            here = _load_translator(translator, device, dtype, languages, latency)
+            interpreter, drafts = here, _load_speculation(here, translator, speculation)
         writer = TextLines(languages) if output_format == "txt" else JsonLines()
         open_session = partial(TextSession, interpreter, languages, latency, terms, drafts)
         for step in run(Lines(stream, text), open_session, batch_size=batch_size):
+            for event in step.events:
+                if isinstance(event, ErrorEvent):
+                    raise DragomanError(event.code, event.message)
             sys.stdout.write(writer.push(step))
             sys.stdout.flush()
 
@@ -344,24 +388,10 @@ def serve(
     over_asgi: Annotated[
         bool, typer.Option("--asgi", help="Serve with uvicorn, and take recordings at /v1/audio/transcriptions, too.")
     ] = False,
-    translator_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="A server with OpenAI's completions API that runs the translator, such as http://127.0.0.1:8000/v1;"
-            " --translator then has its tokenizer and chat template.",
-        ),
-    ] = None,
-    translator_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name on that server. Left out: the folder's.")
-    ] = None,
-    translator_policy: Annotated[
-        Literal["wait-k", "local-agreement"],
-        typer.Option(help="When a translator on a server writes: some words behind, or what it says twice."),
-    ] = "wait-k",
-    translator_key: Annotated[
-        str | None, typer.Option(envvar="DRAGOMAN_TRANSLATOR_KEY", help="Secret of that server.")
-    ] = None,
+    translator_url: TranslatorUrlOption = None,
+    translator_model: TranslatorModelOption = None,
+    translator_policy: TranslatorPolicyOption = "wait-k",
+    translator_key: TranslatorKeyOption = None,
 ) -> None:
     """Serve live transcription and translation over WebSocket until SIGTERM or Ctrl-C."""
     with one_sentence():
@@ -387,16 +417,14 @@ def serve(
             tls_key=tls_key,
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        logging.getLogger("websockets").setLevel(logging.WARNING)
+        for name in ("websockets", "uvicorn", "httpx2"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         service = _asgi_service() if over_asgi else server.Service
         interpreter: AnyTranslator | None = None
         drafts = None
         if translator_url is not None:
-            from streaming.remote import load_remote_translator
-
-            name = translator_model or (translator.name if translator is not None else "")
-            interpreter = load_remote_translator(
-                translator_url, name, translator, policy=translator_policy, key=translator_key
+            interpreter = _remote_translator(
+                translator_url, translator_model, translator, translator_policy, translator_key
             )
         elif translator is not None or EMBEDDED_TRANSLATOR.exists():
             here = _load_translator(translator, device, dtype)

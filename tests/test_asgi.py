@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -16,15 +17,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import soundfile
+from typer.testing import CliRunner
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
 import server
+from client.cli import app
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming import scheduler
+from tests.completions import completions, plain_folder
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, tone
+from tests.integration.service import running as running_process
+from tests.streaming.test_remote import planned
 from tests.test_server import RATE_16K, errors, pcm, send_event, talk, words
 
 asgi, openai = (pytest.importorskip(name) for name in ("asgi", "openai"))
@@ -407,3 +413,51 @@ async def test_the_embedded_models(monkeypatch: pytest.MonkeyPatch) -> None:
     events = alone.push(np.ascontiguousarray(samples)) + alone.finish()
     assert told.text == "".join(getattr(event, "delta", "") for event in events).strip()
     assert translated.text
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_the_command_with_a_translator_elsewhere(tmp_path: Path) -> None:
+    """`dragoman serve --asgi` as a process, whose translator another program runs."""
+    with completions(planned, takes_ids=False) as model:
+        options = ["--asgi", "--port", "0", "--translator-url", model.url, "--translator-model", "tiny"]
+        options += ["--translator", str(plain_folder(tmp_path))]
+        command = (sys.executable, "-m", "client.cli", "serve", *options)
+        with running_process(command) as address:
+            url, sample = f"ws://{address}{server.PATH}", Path(__file__).parents[1] / "samples" / "jfk.flac"
+            async with client(url) as openai_client:
+                told = await openai_client.audio.transcriptions.create(
+                    file=sample, model="x", response_format="verbose_json", timestamp_granularities=["word"]
+                )
+                create = openai_client.audio.translations.create
+                translated = await create(file=sample, model="x", extra_body={"to": "es", "latency": "low"})
+                assert translated.text == " ".join(word.word for word in told.words).upper() != ""
+                model.faults = [500] * 99
+                with pytest.raises(openai.InternalServerError) as refused:
+                    await create(file=sample, model="x", extra_body={"to": "es"})
+                assert (refused.value.status_code, refused.value.code) == (503, "translator_unavailable")
+
+
+def test_the_command_without_a_server(tmp_path: Path) -> None:
+    folder = plain_folder(tmp_path)
+    for options, sentence in (
+        (["--translator-url", "http://127.0.0.1:9/v1", "--translator", str(folder)], "cannot be reached"),
+        (["--translator-url", "http://127.0.0.1:9/v1"], "name a folder"),
+        (["--translator-url", "127.0.0.1", "--translator", str(folder)], "no URL"),
+    ):
+        for command in (["serve", "--port", "0"], ["translate", "--to", "es", __file__]):
+            result = CliRunner().invoke(app, [*command, *options])
+            assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_text_through_a_translator_elsewhere(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("where the words come from\n\nand go to\n")
+    with completions(planned, takes_ids=False) as model:
+        options = ["--translator-url", model.url, "--translator-model", "tiny", "--translator"]
+        command = ["translate", str(text), "--to", "es", *options, str(plain_folder(tmp_path / "tiny"))]
+        result = CliRunner().invoke(app, [*command, "--translator-policy", "local-agreement"])
+        assert (result.exit_code, result.stdout) == (0, "WHERE THE WORDS COME FROM\n\nAND GO TO\n")
+        model.faults = [404, 404, *[500] * 99]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2 and "404" in result.stderr
