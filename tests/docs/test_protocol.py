@@ -106,6 +106,7 @@ def test_every_code_of_an_error_is_listed_with_what_to_do() -> None:
     files = ["server.py", "wire/handler.py", "wire/fields.py", "wire/translations.py"]
     files += [f"streaming/{name}.py" for name in ("audio", "glossary", "interpreter", "scheduler", "session")]
     used = {code for name in files for code in codes((ROOT / name).read_text("utf-8"))}
+    used |= {"translator_unavailable"} & codes((ROOT / "streaming" / "remote.py").read_text("utf-8"))
     # A client can send nothing to a session that has ended.
     assert set(listed) == used - {"session_closed"}
 
