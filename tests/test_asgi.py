@@ -31,7 +31,7 @@ from tests.completions import completions, plain_folder
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, tone
 from tests.integration.service import running as running_process
 from tests.streaming.test_remote import planned
-from tests.test_server import RATE_16K, errors, pcm, send_event, talk, words
+from tests.test_server import RATE_16K, errors, events_until_closed, pcm, send_event, talk, words
 
 asgi, openai = (pytest.importorskip(name) for name in ("asgi", "openai"))
 LEVELS = [0.1, 0.2, 0.3, 0.0, 0.4, 0.5]
@@ -176,6 +176,27 @@ async def test_a_client_that_vanishes_leaves_its_place() -> None:
         connection.transport.abort()
         await empty(url)
         assert words(await talk(url, pcm([0.1]))) == " w10"
+
+
+async def test_a_session_goes_on_on_another_connection() -> None:
+    async with running(max_sessions=1) as url:
+        first = await connect(url).__aenter__()
+        session = json.loads(await first.recv())["session"]
+        await send_event(first, "session.update", session=RATE_16K)
+        await first.send(pcm([0.1, 0.2]))
+        events = [json.loads(await first.recv()) for _ in range(2)]
+        assert words(events) == " w10"
+        first.transport.abort()
+        async with connect(f"{url}?resume={session['id']}") as second:
+            await send_event(second, "session.resume", token=session["resume"]["token"], seq=2)
+            assert json.loads(await second.recv())["type"] == "session.resumed"
+            await second.send(pcm([0.3]))
+            await send_event(second, "session.close")
+            assert words(await events_until_closed(second, 3)) == " w20 w30"
+        async with connect(url) as connection:  # a goodbye, though without a code, is none of a client that was lost
+            connection.protocol.send_close()
+            connection.transport.write(b"".join(connection.protocol.data_to_send()))
+            await empty(url)
 
 
 async def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
