@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +39,8 @@ async def stream(
 ) -> None:
     """Send a recording to the service and show what comes back, until the service has told everything.
 
-    Ctrl-C ends the audio; a second one does not wait for the last words.
+    Ctrl-C ends the audio; a second one does not wait for the last words. Where the connection is lost the session goes
+    on over a new one, and standard error says so.
 
     Args:
         source: The audio; it is sent as 16 kHz mono s16le.
@@ -54,7 +56,7 @@ async def stream(
             the recording cannot be read to its end.
     """
     with display:
-        async with connect(url, token=token, **settings) as session:
+        async with connect(url, token=token, notice=_notice, **settings) as session:
             told = _Told(writer, display)
             messages = _Ahead(_messages(source))
             with ctrl_c(messages.stop):
@@ -65,6 +67,10 @@ async def stream(
                     told.end()
     if source.problem is not None:
         raise DragomanError("file_damaged", source.problem)
+
+
+def _notice(sentence: str) -> None:
+    print(f"dragoman: {sentence}", file=sys.stderr, flush=True)
 
 
 class _Told:

@@ -111,7 +111,13 @@ async function talk(own) {
   preparePanes(languages);
   session.onEvent = take;
   session.declare(Math.round(source.rateHz), languages, $("latency").value || "medium");
-  setState("live", source.durationMs === null ? "Live" : "Reading");
+  const showLive = () => setState("live", source.durationMs === null ? "Live" : "Reading");
+  session.onLink = (isUp) => {
+    if (!isUp) setState("connecting", "Connecting again");
+    else if (own.isFinishing) setState("finishing", "Finishing");
+    else showLive();
+  };
+  showLive();
   let sentMs = 0;
   const send = (pcm, peak) => {
     session.send(pcm);

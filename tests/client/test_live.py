@@ -26,6 +26,7 @@ from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
 LEVELS = [0.2, 0.4, 0.6]  # 1.2 s
@@ -208,6 +209,21 @@ async def test_a_connection_that_breaks(recording: Callable[..., AudioFile], mon
     monkeypatch.setattr(server.Service, "_handle", hang_up)
     async with running_service() as url:
         assert (await failure(url, recording())).code == "connection_lost"
+
+
+async def test_a_lost_connection_is_told_and_the_words_go_on(
+    recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_service() as url, Proxy(url) as proxy:
+        talk = asyncio.create_task(live(proxy.url, recording([0.2] * 50), pace=10.0))
+        await asyncio.sleep(0.8)
+        proxy.cut()
+        await asyncio.sleep(0.3)
+        proxy.mend()
+        await talk
+    shown = capsys.readouterr()
+    assert shown.out == "w20 " * 49 + "w20\n"
+    assert shown.err == "dragoman: the connection was lost: connecting again\ndragoman: the session goes on\n"
 
 
 async def test_a_recording_that_is_cut_off(

@@ -19,6 +19,7 @@ from streaming import scheduler
 from streaming.events import Event, TranscriptDelta, TranslationDelta, Word, parse_event
 from tests.browser import Page, needs_chromium, open_page
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.proxy import Proxy
 
 FOLDER: Final = Path(__file__).parents[2] / "client" / "page"
 # 1.2 s of sound, a pause, and again.
@@ -415,6 +416,25 @@ async def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         await page.choose_file("#file", tmp_path / "letter.wav")
         await page.click("#start")
         await page.until("document.getElementById('problem').textContent.includes('letter.wav cannot be read')")
+
+
+@needs_chromium
+async def test_a_session_goes_on_over_another_connection(tmp_path: Path, recording: Path) -> None:
+    async with running_service(max_sessions=1) as url, Proxy(url) as proxy, open_page(tmp_path) as page:
+        await load(page, proxy.url)
+        await page.click("input[value=file]")
+        await page.choose_file("#file", recording)
+        await page.click("#paced")
+        await page.click("#start")
+        for _ in range(2):
+            words = await page.evaluate("document.querySelector('.log')?.textContent.length ?? 0")
+            await page.until(f"(document.querySelector('.log')?.textContent.length ?? 0) > {words}")
+            proxy.cut()
+            await state_is(page, "Connecting again")
+            proxy.mend()
+        await state_is(page, "Ready")
+        assert await captions(page) == ["w20 w40 w60", "w80 w30 w50", "w70"]
+        assert await problem(page) == "" and proxy.connections > 2
 
 
 @needs_chromium
