@@ -57,6 +57,9 @@ def test_how_many_replicas_are_wanted(sessions: int, lag_s: float, wanted: float
 @pytest.fixture(scope="module")
 def service() -> Iterator[None]:
     """Two replicas with the embedded models."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts processes slowly
+    patch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 300)
     from ray import serve
 
     environment = {"PYTHONPATH": str(ROOT), "DRAGOMAN_TOKEN": ""}
@@ -67,6 +70,7 @@ def service() -> Iterator[None]:
     yield
     serve.shutdown()
     ray.shutdown()
+    patch.undo()
 
 
 def health() -> dict[str, Any]:
@@ -113,7 +117,7 @@ async def test_what_is_no_session_and_who_finds_no_place(service: None) -> None:
         await connection.recv()
     with pytest.raises(InvalidStatus) as refused:
         await connect(URL, open_timeout=60)
-    assert refused.value.response.status_code in (403, 503)
+    assert refused.value.response.status_code == 503
     for connection in connections:
         await connection.close()
     assert (await asyncio.to_thread(health))["max_sessions"] == 2

@@ -119,6 +119,7 @@ def test_the_fields_of_a_recording() -> None:
     assert all(f"`{form}`" in section for form in FORMATS)
     asgi = pytest.importorskip("asgi")
     assert f"at most {asgi.MAX_UPLOAD_BYTES >> 20} MiB" in section and f"{asgi.MAX_WAITING} more wait" in section
+    assert f"last {asgi.MAX_RECORDING_S // 3600} hours, and {asgi._UPLOAD_TIMEOUT_S:g} s may pass" in section
 
 
 def test_the_times_of_a_translator() -> None:
