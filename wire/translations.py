@@ -119,6 +119,8 @@ def parse_message(text: str, *, declared: bool = False) -> SessionMessage:
     """
     try:
         event = json.loads(text)
+        if "\\u" in text:
+            json.dumps(event, ensure_ascii=False).encode()  # half a surrogate pair could not be sent back
     except (ValueError, RecursionError) as error:
         raise DragomanError("invalid_json", f"the message is not JSON: {error}") from None
     kind = event.get("type") if isinstance(event, dict) else None
@@ -149,7 +151,8 @@ def _session_config(value: object) -> SessionConfig:
         *("audio", "latency", "glossary", "decoder", "max_lookahead_ms", "lookahead", "endpoint_silence_ms"),
     )
     audio = section(session.get("audio"), "session.audio", "input", "output")
-    audio_input = section(audio.get("input"), "session.audio.input", "format")
+    # What OpenAI's clients may send beside the format asks for nothing that there is a choice of here.
+    audio_input = section(audio.get("input"), "session.audio.input", "format", "transcription", "noise_reduction")
     defaults = SessionConfig()
     return SessionConfig(
         audio=_audio_format(audio_input.get("format")),

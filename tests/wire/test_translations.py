@@ -43,6 +43,7 @@ def test_settings_of_a_session() -> None:
         update(),
         update(audio=None),
         update(audio={"input": {}}),
+        update(audio={"input": {"transcription": {"model": "whisper-1"}, "noise_reduction": {"type": "near_field"}}}),
         update(**nothing),
     ):
         assert parse_message(empty) == defaults
@@ -52,6 +53,7 @@ def test_settings_of_a_session() -> None:
     ("text", "code", "named"),
     [
         ("", "invalid_json", "JSON"),
+        (update(glossary={"\ud800": {"es": "x"}}), "invalid_json", "surrogates not allowed"),
         ("null", "unknown_event", "None"),
         ('{"type": ["session.close"]}', "unknown_event", "session.close"),
         ('{"type": "session.close", "now": 1}', "unknown_field", "'now'"),
