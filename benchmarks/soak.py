@@ -2,10 +2,10 @@
 
     python -m benchmarks.soak samples/jfk.flac --minutes 60
 
-The real server runs in a process of its own. At each of eight seats one session follows another: a recording that begins
-and ends somewhere, at the pace of speech, translated or not, with a pause of some seconds after it. Every third one
-loses its connection on the way, and goes on over another one. What each session was told is compared with what the same
-audio is told in a session alone. The lag of an event is the time since the audio that it needed was there; in those
+The real server runs in a process of its own. At each of eight seats one session follows another: a recording that
+begins and ends somewhere, at the pace of speech, translated or not, with a pause of some seconds after it. Every third
+one loses its connection on the way, and goes on over another one. What each session was told is compared with what the
+same audio is told in a session alone. The lag of an event is the time since the audio that it needed was there; in those
 that lost their connection it is not counted, as the loss is in it.
 """
 
@@ -94,7 +94,7 @@ def scripts(audio: np.ndarray, count: int) -> list[Script]:
     return made
 
 
-async def converse(url: str, script: Script, tally: Tally, *, loses: bool) -> None:
+async def converse(url: str, script: Script, tallies: list[Tally], *, loses: bool) -> None:
     """One session at the pace of speech."""
     clock = asyncio.get_running_loop().time
     pcm = np.rint(script.audio * 32767).astype("<i2")
@@ -115,11 +115,13 @@ async def converse(url: str, script: Script, tally: Tally, *, loses: bool) -> No
         def hear(event: Event) -> None:
             events.append(event)
             if isinstance(event, TranscriptDelta | TranslationDelta) and event.emitted_ms is not None:
+                tally = tallies[-1]
                 tally.words += len(event.delta.split())
                 if not loses and event.emitted_ms < length_ms:
                     tally.lags_ms.append(1000 * (clock() - begin_s) - event.emitted_ms)
 
         await exchange(session, send(), hear)
+    tally = tallies[-1]
     tally.sessions += 1
     tally.losses += loses
     tally.wrong += told(events) != script.expected
@@ -131,7 +133,7 @@ async def seat(url: str, known: Sequence[Script], tallies: list[Tally], until_s:
     count = number
     while asyncio.get_running_loop().time() < until_s:
         count += 1
-        await converse(url, random.choice(known), tallies[-1], loses=count % LOSES_EVERY == 0)
+        await converse(url, random.choice(known), tallies, loses=count % LOSES_EVERY == 0)
         await asyncio.sleep(random.uniform(0, MAX_PAUSE_S))
 
 
@@ -171,11 +173,8 @@ def _minute(number: int, tally: Tally, pid: int) -> Minute:
 
 def show(minute: Minute) -> None:
     """Prints a line."""
-    lag = (
-        "no events"
-        if minute["p95_ms"] is None
-        else f"lag p50 {minute['p50_ms']:4.0f} ms  p95 {minute['p95_ms']:5.0f} ms"
-    )
+    p50_ms, p95_ms = minute["p50_ms"], minute["p95_ms"]
+    lag = "no events" if p95_ms is None else f"lag p50 {p50_ms:4.0f} ms  p95 {p95_ms:5.0f} ms"
     print(
         f"minute {minute['minute']:3}  {minute['resident_mb']:6.1f} MB  {lag}  {minute['sessions']:3} sessions ended,"
         f" {minute['losses']} after a loss, {minute['wrong']} not as alone  {minute['words']:5} words"
@@ -195,9 +194,9 @@ def run(
     """Prints memory and lag over time, and how many sessions were not told what they are told alone."""
     random.seed(seed)
     known = scripts(read_audio(recording), variants)
-    with service(None, seats) as (url, pid):
+    with service(None, seats + 2) as (url, pid):
         seen = asyncio.run(soak(url, pid, known, seats, minutes))
-    first = seen[min(4, len(seen) - 1)]
+    first = seen[min(5, minutes) - 1]
     last = seen[-2]
     print(
         f"{sum(m['sessions'] for m in seen)} sessions, {sum(m['losses'] for m in seen)} after a loss of the connection,"
