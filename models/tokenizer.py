@@ -195,6 +195,11 @@ class HuggingFaceTokenizer:
         """See :class:`Tokenizer`."""
         return self._special.get(symbol)
 
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Its control symbols, as they are spelt."""
+        return tuple(self._special)
+
     def _encode_word(self, word: str) -> tuple[int, ...]:
         text = _valid(word) if self._adds_space else " " + _valid(word)
         ids = self._encode(text)

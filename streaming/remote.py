@@ -176,7 +176,7 @@ class CompletionServer:
 def _read(data: Any) -> _Completion:
     choice = data["choices"][0]
     text, ids, ended = choice["text"], choice.get("token_ids"), choice["finish_reason"] != "length"
-    if not isinstance(text, str) or not (ids is None or all(isinstance(token, int) for token in ids)):
+    if not isinstance(text, str) or not (ids is None or all(isinstance(token, int) and token >= 0 for token in ids)):
         raise TypeError("no completion")
     text = text.encode("utf-8", errors="replace").decode()  # JSON can have halves of surrogate pairs
     return _Completion(text if ended else text.rstrip("\ufffd"), None if ids is None else tuple(ids), ended)
@@ -189,14 +189,16 @@ class Words:
 
     Args:
         chat: Renders prompts.
+        symbols: Control symbols of the server's tokenizer, which a word must not spell.
     """
 
     size = 0  # there is no largest id
     controls: frozenset[int] = frozenset()
     word_starts: frozenset[int] | None = None
 
-    def __init__(self, chat: ChatTemplate | None) -> None:
+    def __init__(self, chat: ChatTemplate | None, symbols: Sequence[str] = ()) -> None:
         self.chat = chat
+        self._symbols = symbols
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text, and nothing but it."""
@@ -204,7 +206,10 @@ class Words:
 
     def encode_word(self, word: str) -> tuple[int, ...]:
         """See :class:`models.tokenizer.Tokenizer`."""
-        return self.encode(" " + word.encode("utf-8", errors="replace").decode()[:_MAX_WORD_CHARACTERS])
+        word = word.encode("utf-8", errors="replace").decode()[:_MAX_WORD_CHARACTERS]
+        for symbol in self._symbols:
+            word = word.replace(symbol, f"{symbol[:1]}\u200b{symbol[1:]}")  # a space without width
+        return self.encode(" " + word)
 
     def encode_prompt(self, prompt: str) -> tuple[int, ...]:
         """See :class:`models.tokenizer.Tokenizer`."""
@@ -398,7 +403,7 @@ def load_remote_translator(
     config = TranslationConfig(policy, FALLBACK_PROMPT, ("en", *NAMES), tuple(NAMES), max_context_tokens=context)
     if takes_ids:
         return RemoteTranslator(server, tokenizer, config)
-    return RemoteTranslator(server, Words(tokenizer.chat), config, tokenizer.opening)
+    return RemoteTranslator(server, Words(tokenizer.chat, tokenizer.symbols), config, tokenizer.opening)
 
 
 def _takes_ids(server: CompletionServer, tokenizer: HuggingFaceTokenizer, prompt: str) -> bool:

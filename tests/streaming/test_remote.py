@@ -121,6 +121,7 @@ def of_text(folder: Path, kind: Kind = "wait-k") -> Iterator[tuple[RemoteTransla
 def test_wait_k_with_a_server_of_text(tmp_path: Path, language: str) -> None:
     with of_text(tmp_path) as (t, server):
         assert isinstance(t.tokenizer, Words) and t.name == "tiny" and t.policy == "wait-k"
+        assert "<s>" not in decode(t.tokenizer, t.encode_word("<s>"))
         session, words = TextSession(t, [language], "low"), "a speaker goes on and on without a pause".split()
         shown = ""
         for n, word in enumerate(words, start=1):
@@ -155,6 +156,8 @@ def test_odd_words_of_text() -> None:
     words = Words(None)
     assert decode(words, words.encode_word("a\ud800b")) == " a?b"
     assert len(decode(words, words.encode_word("x" * 5_000))) < 300
+    careful = Words(None, ["<|end|>", "<s>"])
+    assert "<|end|>" not in decode(careful, careful.encode_word("a<|end|><|end|>b")) != decode(careful, ())
     assert [decode(words, [token]) for token in words.encode(" ja, 你好 gut")] == [" ja,", " 你", "好", " gut"]
 
 
@@ -243,6 +246,16 @@ def test_a_server_that_ceases_to_give_ids() -> None:
         server.go_on = lambda prompt, max_tokens: ("x", None, False)
         _, state = run(t, Remote(t).feed(opened(t, ["es"]), ["a"] * 3))
         assert state.problem is not None and "ceased to answer with token ids" in str(state.problem)
+
+
+def test_ids_that_are_none() -> None:
+    with served("wait-k") as (t, server):
+        server.go_on = lambda prompt, max_tokens: ("x", [-1], False)
+        _, state = run(t, Remote(t).feed(opened(t, ["es"]), ["a"] * 3))
+        assert state.problem is not None and "no completion" in str(state.problem)
+        server.go_on = lambda prompt, max_tokens: ("x", [1 << 20], True)  # more than the tokenizer has
+        [chunk], _ = run(t, Remote(t).feed(opened(t, ["es"]), ["a"] * 3))
+        assert chunk.delta == ""
 
 
 def test_answers_without_end_or_text_end(tmp_path: Path) -> None:
