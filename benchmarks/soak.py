@@ -5,8 +5,8 @@
 The real server runs in a process of its own. At each of eight seats one session follows another: a recording that
 begins and ends somewhere, at the pace of speech, translated or not, with a pause of some seconds after it. Every third
 one loses its connection on the way, and goes on over another one. What each session was told is compared with what the
-same audio is told in a session alone. The lag of an event is the time since the audio that it needed was there; in those
-that lost their connection it is not counted, as the loss is in it.
+same audio is told in a session alone. The lag of an event is the time since the audio that it needed was there; in
+those that lost their connection it is not counted, as the loss is in it.
 """
 
 from __future__ import annotations

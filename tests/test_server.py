@@ -450,6 +450,29 @@ async def test_one_session_too_many_is_refused_until_another_ends() -> None:
         assert words(await talk(url, pcm([0.3]))) == " w30"
 
 
+async def test_a_client_that_is_back_is_let_in_where_every_place_is_taken() -> None:
+    async with running_service(max_sessions=1, token="sesame") as url:
+        secret = {"Authorization": "Bearer sesame"}
+        before = await connect(url, additional_headers=secret)
+        created = json.loads(await before.recv())["session"]
+        await send_event(before, "session.update", session=RATE_16K)
+        await before.send(pcm([0.2]))
+        assert json.loads(await before.recv())["type"] == "session.updated"
+        before.transport.abort()
+        again = f"{url}?resume={created['id']}"
+        assert (await refusal(url, additional_headers=secret))[0] == 503
+        assert (await refusal(again))[0] == 401, "its name alone lets nobody in"
+        status, text = await refusal(f"{url}?resume=another", additional_headers=secret)
+        assert (status, text) == (410, "there is no session 'another' any more: begin a new one\n")
+        async with connect(again, additional_headers=secret) as connection:
+            await send_event(connection, "session.resume", token=created["resume"]["token"], seq=0)
+            assert json.loads(await connection.recv())["audio_bytes"] == len(pcm([0.2]))
+            await connection.send(pcm([0.3]))
+            await send_event(connection, "session.close")
+            events = await events_until_closed(connection, 1)
+        assert words(events) == " w20 w30" and events[0]["type"] == "session.updated"
+
+
 async def test_a_vanished_client_frees_its_place() -> None:
     async with running_service(max_sessions=1, resume_s=0.3) as url:
         connection = await connect(url)

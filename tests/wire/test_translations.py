@@ -5,8 +5,10 @@ import pytest
 
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
+from streaming.events import SessionClosed, SessionResumed
 from streaming.session import SessionConfig
-from wire.translations import parse_message
+from wire.messages import Resume
+from wire.translations import Translations, parse_message, parse_resume
 
 
 def update(**session: Any) -> str:
@@ -88,3 +90,39 @@ def test_what_a_client_can_get_wrong(text: str, code: str, named: str) -> None:
     assert caught.value.code == code
     assert named in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_how_a_session_is_asked_for_again() -> None:
+    text = json.dumps({"type": "session.resume", "event_id": "e1", "token": "abc", "seq": 7})
+    assert parse_resume(text) == Resume("abc", 7)
+    assert parse_resume('{"type": "session.resume", "token": "abc"}') == Resume("abc", -1)
+    assert Translations.begin({"resume": "an id", "model": "x"}).take(text) == [Resume("abc", 7)]
+    assert Translations.begin({"model": "x"}).resumes is None
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"\0\0", "resume_expected"),
+        ("[]", "invalid_json"),
+        ("{}", "resume_expected"),
+        ('{"type": "session.resume", "id": 1}', "unknown_field"),
+        ('{"type": "session.resume", "token": 1}', "invalid_value"),
+        ('{"type": "session.resume", "seq": "1"}', "invalid_value"),
+        ('{"type": "session.resume", "seq": true}', "invalid_value"),
+    ],
+)
+def test_how_it_can_be_asked_for_wrongly(frame: str | bytes, code: str) -> None:
+    with pytest.raises(DragomanError) as caught:
+        Translations.begin({"resume": "an id"}).take(frame)
+    assert caught.value.code == code
+
+
+def test_events_are_numbered_but_for_the_one_that_says_where_it_goes_on() -> None:
+    dialect = Translations()
+    (created,) = dialect.greeting("an id", {"model": "x"})
+    assert json.loads(created) == {"type": "session.created", "seq": 0, "session": {"id": "an id", "model": "x"}}
+    (resumed,) = dialect.say(SessionResumed(0, 3, 640))
+    assert json.loads(resumed) == {"type": "session.resumed", "seq": 0, "messages": 3, "audio_bytes": 640}
+    (closed,) = dialect.say(SessionClosed(99, 20))
+    assert json.loads(closed)["seq"] == 1
