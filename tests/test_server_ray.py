@@ -85,21 +85,19 @@ async def test_sessions_at_two_replicas(service: None) -> None:
     samples, rate_hz = soundfile.read(ROOT / "samples" / "jfk.flac", dtype="int16")
     fmt = {"type": "audio/pcm", "rate": rate_hz}
     settings = {"audio": {"input": {"format": fmt}, "output": {"languages": ["es"]}}}
-    connections = [await connect(URL, open_timeout=60) for _ in range(2)]
+    connections = [await connect(URL, open_timeout=60, ping_timeout=None) for _ in range(2)]
     for connection in connections:
         assert json.loads(await connection.recv())["type"] == "session.created"
     # Each has one of them: whichever is asked has no more.
     assert [(await asyncio.to_thread(health))["sessions"] for _ in range(12)] == [1] * 12
-    told = []
     for connection in connections:
         await send_event(connection, "session.update", session=settings)
         pcm = samples.astype("<i2").tobytes()
         for start in range(0, len(pcm), 32_000):
             await connection.send(pcm[start : start + 32_000])
         await send_event(connection, "session.close")
-    for connection in connections:
-        told.append(await events_until_closed(connection, 1))
-        assert connection.close_code == 1000
+    told = await asyncio.gather(*(events_until_closed(connection, 1) for connection in connections))
+    assert [connection.close_code for connection in connections] == [1000, 1000]
     texts = [[e["delta"] for e in events if e["type"] == "session.input_transcript.delta"] for events in told]
     translations = [[e["delta"] for e in events if e["type"] == "session.output_transcript.delta"] for events in told]
     alone = Session(load_recognizer(), SessionConfig(AudioFormat("s16le", rate_hz, 1)))
