@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import product
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl
@@ -84,7 +85,8 @@ class Settings(Limits):
         port: Port to listen on; 0 takes a free one.
         metrics: Whether ``/metrics`` shows what is counted, to whoever has the token.
         origins: Web origins whose pages may connect beside the service's own; programs, which send none, always may.
-        token: Secret that a client must send, as ``Authorization: Bearer`` or as a subprotocol; None asks for none.
+        tokens: Secrets of which a client must send one, as ``Authorization: Bearer`` or as a subprotocol; none are
+            asked for if there are none.
         tls_cert: Certificate chain in PEM, for ``wss``.
         tls_key: Private key in PEM, if the chain's file does not hold it.
     """
@@ -93,7 +95,7 @@ class Settings(Limits):
     port: int = 8765
     metrics: bool = False
     origins: tuple[str, ...] = ()
-    token: str | None = None
+    tokens: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
@@ -166,7 +168,7 @@ class Admission:
         if not self._allows_origin(headers):
             origin = shown(", ".join(headers.get_all("Origin")))
             return "origin", HTTPStatus.FORBIDDEN, f"pages of {origin} may not connect: --allow-origin lets them"
-        if self._settings.token is not None and not _has_token(headers, self._settings.token):
+        if self._settings.tokens and not _has_token(headers, self._settings.tokens):
             text = "the token is missing or wrong: send Authorization: Bearer TOKEN"
             return "token", HTTPStatus.UNAUTHORIZED, text
         if takes_place and (unavailable := self._handler.unavailable()):
@@ -195,7 +197,7 @@ class Admission:
             return True
         if [origin.lower().partition("://")[2] for origin in origins] != [host.lower() for host in hosts]:
             return False
-        is_private = self._settings.host in _LOOPBACK and self._settings.token is None
+        is_private = self._settings.host in _LOOPBACK and not self._settings.tokens
         return not is_private or all(_LOOPBACK_HOST.fullmatch(host.lower()) for host in hosts)
 
 
@@ -324,15 +326,15 @@ def _resumed(target: str) -> bool:
         return False
 
 
-def _has_token(headers: Headers, token: str) -> bool:
-    """Whether a client sends the token: in a header, or, as browsers cannot, among its subprotocols."""
-    encoded = base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
+def _has_token(headers: Headers, tokens: Sequence[str]) -> bool:
+    """Whether a client sends one of the tokens: in a header, or, as browsers cannot, among its subprotocols."""
     offered = [part.strip() for value in headers.get_all("Sec-WebSocket-Protocol") for part in value.split(",")]
     sent = [value.partition(" ") for value in headers.get_all("Authorization")]
     # "Token" is Deepgram's.
-    pairs = [(given, token) for scheme, _, given in sent if scheme.lower() in ("bearer", "token")]
-    pairs += [(given, f"{_TOKEN_SUBPROTOCOL}{encoded}") for given in offered]
-    # What is no UTF-8 comes with surrogates.
+    keys = [given for scheme, _, given in sent if scheme.lower() in ("bearer", "token")]
+    encoded = [base64.urlsafe_b64encode(token.encode()).decode().rstrip("=") for token in tokens]
+    pairs = [*product(keys, tokens), *product(offered, (f"{_TOKEN_SUBPROTOCOL}{token}" for token in encoded))]
+    # All are compared, whichever is right. What is no UTF-8 comes with surrogates.
     return any(
         [hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode()) for given, wanted in pairs]
     )
@@ -362,7 +364,7 @@ async def serve(
         print(
             f"dragoman: {recognizer.name} is listening at {url} and shows a page at {page}", file=sys.stderr, flush=True
         )
-        if settings.token is None and settings.host not in _LOOPBACK:
+        if not settings.tokens and settings.host not in _LOOPBACK:
             logger.warning("whoever reaches %s can use the service: --token asks for a secret", settings.host)
         await stop.wait()
         stop.clear()

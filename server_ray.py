@@ -34,7 +34,7 @@ _OTHER_REQUESTS: Final = 4  # of health and the like, at a time, beside the sess
 
 @dataclass(frozen=True)
 class Options:
-    """What ``serve run`` can be told, beside the token, which is taken from ``DRAGOMAN_TOKEN``.
+    """What ``serve run`` can be told, beside the tokens, which are taken from ``DRAGOMAN_TOKEN``, with spaces between.
 
     Attributes:
         model: Folder of the recogniser; empty for the embedded one.
@@ -67,9 +67,9 @@ class Options:
 class Replica:
     """One process with the models."""
 
-    def __init__(self, options: Options, token: str | None) -> None:
+    def __init__(self, options: Options, tokens: tuple[str, ...]) -> None:
         self._options = options
-        self._token = token
+        self._tokens = tokens
 
     def __serve_build_asgi_app__(self) -> Any:
         """What answers; called once, by Ray."""
@@ -80,7 +80,7 @@ class Replica:
             folder = Path(o.translator) if o.translator else EMBEDDED_TRANSLATOR
             translator = load_translator(folder, device=o.device, dtype=o.dtype)
             drafts = speculation_for(translator, folder)
-        settings = Settings(max_sessions=o.max_sessions, token=self._token, metrics=True, resume_s=0.0)
+        settings = Settings(max_sessions=o.max_sessions, tokens=self._tokens, metrics=True, resume_s=0.0)
         app = application(recognizer, settings, translator, drafts)
         self._engine = app.state.handler.engine
         return app
@@ -119,7 +119,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
         graceful_shutdown_timeout_s=options.drain_s,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": int(options.device.startswith("cuda"))},
     )
-    return deployment.bind(options, os.environ.get("DRAGOMAN_TOKEN") or None)
+    return deployment.bind(options, tuple(os.environ.get("DRAGOMAN_TOKEN", "").split()))
 
 
 def read_options(arguments: Mapping[str, Any]) -> Options:

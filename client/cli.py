@@ -382,7 +382,15 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Another web origin whose pages may connect, such as https://example.org."),
     ] = None,
-    token: TokenOption = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--token",
+            metavar="SECRET",
+            envvar="DRAGOMAN_TOKEN",
+            help="Secret of the service, as in Authorization: Bearer; may be given several times.",
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate chain, for wss.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Private key, for wss.")] = None,
     over_asgi: Annotated[
@@ -412,7 +420,7 @@ def serve(
             metrics=metrics,
             translate_ahead=ahead,
             origins=tuple(allow_origin or ()),
-            token=token,
+            tokens=tuple(tokens or ()),
             tls_cert=tls_cert,
             tls_key=tls_key,
         )

@@ -106,7 +106,7 @@ async def own_service(
     from server import Service, Settings
 
     token = secrets.token_urlsafe()
-    service = Service(recognizer, Settings(port=0, max_sessions=1, token=token), translator, speculation)
+    service = Service(recognizer, Settings(port=0, max_sessions=1, tokens=(token,)), translator, speculation)
     try:
         yield await service.start(), token
     finally:
@@ -132,19 +132,22 @@ async def listen(
     Raises:
         DragomanError: The device cannot be opened; or the service cannot be reached, refuses, reports an error or goes.
     """
-    async with (
-        service as (url, token),
-        connect(url, audio=microphone.format, token=token, **settings) as session,
-        microphone,
-    ):
-        with ctrl_c(microphone.stop), view:
-            hearing = _Hearing(session, microphone, view, recording)
-            drawing = asyncio.create_task(hearing.draw())
-            try:
-                await exchange(session, hearing.speak(), hearing.hear)
-            finally:
-                drawing.cancel()
-                await asyncio.gather(drawing, return_exceptions=True)  # that a terminal is gone is no loss
+    async with service as (url, token), connect(url, audio=microphone.format, token=token, **settings) as session:
+        with ctrl_c(microphone.stop):  # from before the first sound on
+            async with microphone:
+                await _interpret(session, microphone, view, recording)
+
+
+async def _interpret(session: LiveSession, microphone: Microphone, view: View, recording: Recording | None) -> None:
+    """Until the microphone stops, and then to the last word."""
+    with view:
+        hearing = _Hearing(session, microphone, view, recording)
+        drawing = asyncio.create_task(hearing.draw())
+        try:
+            await exchange(session, hearing.speak(), hearing.hear)
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)  # that a terminal is gone is no loss
 
 
 class _Hearing:

@@ -126,7 +126,7 @@ async def test_health_page_and_metrics() -> None:
 
 
 async def test_who_may_come_in() -> None:
-    async with running(token="sesame", max_sessions=1) as url:
+    async with running(tokens=("sesame",), max_sessions=1) as url:
         for headers, origin, status in (
             ({}, None, 401),
             ({"Authorization": "Bearer sesam"}, None, 401),
@@ -345,7 +345,7 @@ async def test_requests_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_recordings_need_the_token_and_a_place() -> None:
     body = part("file", wav([0.1]).read(), "a.wav") + b"--x--\r\n"
-    async with running(token="sesame", max_sessions=1) as url, client(url, "sesame") as openai_client:
+    async with running(tokens=("sesame",), max_sessions=1) as url, client(url, "sesame") as openai_client:
         address = f"{http(url)}/v1/audio/transcriptions"
         assert (await openai_client.audio.transcriptions.create(file=wav([0.1]), model="x")).text == "w10"
         status, error = await post(address, body)

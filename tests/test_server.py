@@ -424,7 +424,7 @@ async def test_metrics_are_for_those_who_may_see_them_and_tell_nothing_of_what_w
     async with running_service() as url:
         assert (await asyncio.to_thread(get, f"{url.removesuffix(server.PATH)}/metrics"))[0] == 404
     secret = {"Authorization": "Bearer sesame"}
-    async with running_service(token="sesame", metrics=True, max_sessions=1) as url:
+    async with running_service(tokens=("sesame",), metrics=True, max_sessions=1) as url:
         root = url.removesuffix(server.PATH)
         assert (await asyncio.to_thread(get, f"{root}/metrics"))[0] == 401
         async with connect(url, additional_headers=secret) as connection:
@@ -442,6 +442,15 @@ async def refusal(url: str, **arguments: Any) -> tuple[int, str]:
     return caught.value.response.status_code, (caught.value.response.body or b"").decode()
 
 
+async def test_each_of_several_tokens_lets_in() -> None:
+    async with running_service(tokens=("sesame", "poppy")) as url:
+        for token in ("sesame", "poppy"):
+            async with connect(url, additional_headers={"Authorization": f"Bearer {token}"}) as connection:
+                assert json.loads(await connection.recv())["type"] == "session.created"
+        for token in ("", "sesamepoppy", "sesame poppy", "Poppy"):
+            assert (await refusal(url, additional_headers={"Authorization": f"Bearer {token}"}))[0] == 401
+
+
 async def test_one_session_too_many_is_refused_until_another_ends() -> None:
     async with running_service(max_sessions=2) as url:
         async with connect(url), connect(url):
@@ -451,7 +460,7 @@ async def test_one_session_too_many_is_refused_until_another_ends() -> None:
 
 
 async def test_a_client_that_is_back_is_let_in_where_every_place_is_taken() -> None:
-    async with running_service(max_sessions=1, token="sesame") as url:
+    async with running_service(max_sessions=1, tokens=("sesame",)) as url:
         secret = {"Authorization": "Bearer sesame"}
         before = await connect(url, additional_headers=secret)
         created = json.loads(await before.recv())["session"]
@@ -483,7 +492,7 @@ async def test_a_vanished_client_frees_its_place() -> None:
 
 
 async def test_the_token() -> None:
-    async with running_service(token="sesame") as url:
+    async with running_service(tokens=("sesame",)) as url:
         assert (await refusal(url))[0] == 401
         assert (await refusal(url, additional_headers={"Authorization": "Bearer sesam"}))[0] == 401
         assert await connect_as(url, "localhost", more=["Authorization: Bearer \udcff\udcfe"]) == 401
@@ -498,7 +507,7 @@ def token_subprotocol(token: str) -> Subprotocol:
 async def test_the_token_as_a_browser_sends_it_is_not_sent_back() -> None:
     token = "öffne dich, Sesam! ~~>>??"  # base64 with + and /
     assert "-" in token_subprotocol(token) or "_" in token_subprotocol(token)
-    async with running_service(token=token) as url:
+    async with running_service(tokens=(token,)) as url:
         for offered in ([], [token_subprotocol(token[:-1])], [Subprotocol("dragoman.token.")]):
             assert (await refusal(url, subprotocols=[server.SUBPROTOCOL, *offered]))[0] == 401
         async with connect(url, subprotocols=[server.SUBPROTOCOL, token_subprotocol(token)]) as connection:
@@ -541,7 +550,7 @@ async def test_the_services_own_page_connects_without_being_allowed() -> None:
             assert await connect_as(url, "localhost", more=[f"Origin: {origin}"]) == 403
     async with running_service(host="0.0.0.0") as url:
         assert await connect_as(url, "captions.example") == 101
-    async with running_service(token="sesame") as url:
+    async with running_service(tokens=("sesame",)) as url:
         assert await connect_as(url, "captions.example") == 401
         assert await connect_as(url, "captions.example", more=["Authorization: Bearer sesame"]) == 101
 
@@ -552,7 +561,7 @@ async def test_the_page_is_served_to_everyone_and_runs_nothing_of_others() -> No
             return answer.headers, answer.read().decode()
 
     async with (
-        running_service(token="sesame", max_sessions=1) as url,
+        running_service(tokens=("sesame",), max_sessions=1) as url,
         connect(url, additional_headers={"Authorization": "Bearer sesame"}),
     ):
         root = url.removesuffix(server.PATH)

@@ -154,7 +154,7 @@ async def test_what_can_go_wrong_at_the_beginning() -> None:
     assert (await failure("ws://127.0.0.1:9")).code == "unreachable"
     for address in ("http://127.0.0.1:9", "ws://[::1", "nonsense"):
         assert (await failure(address)).code == "unreachable"
-    async with running_service(max_sessions=1, token="sesame") as url:
+    async with running_service(max_sessions=1, tokens=("sesame",)) as url:
         assert (await failure(url)).code == "refused"
         assert "the token is missing" in str(await failure(url, token="sesam"))
         async with connect(url, token="sesame"):
@@ -316,7 +316,7 @@ async def test_a_service_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_tls_with_a_token(certificate: tuple[Path, Path]) -> None:
     cert, key = certificate
-    async with running_service(tls_cert=cert, tls_key=key, token="sesame") as url:
+    async with running_service(tls_cert=cert, tls_key=key, tokens=("sesame",)) as url:
         trusted = ssl.create_default_context(cafile=str(cert))
         assert text(await talk(url, tls=trusted, token="sesame")) == TEXT
         assert "certificate" in str(await failure(url, token="sesame"))

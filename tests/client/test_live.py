@@ -184,7 +184,7 @@ async def failure(url: str, source: AudioFile, **arguments: Any) -> DragomanErro
 async def test_what_can_go_wrong_with_the_service(recording: Callable[..., AudioFile]) -> None:
     assert "dragoman serve" in str(await failure("ws://127.0.0.1:9", recording()))
     assert "not the service" in str(await failure("http://127.0.0.1:9", recording()))
-    async with running_service(max_sessions=1, token="sesame") as url:
+    async with running_service(max_sessions=1, tokens=("sesame",)) as url:
         assert "there is no /v1/realtime here" in str(await failure(url.replace("/translations", ""), recording()))
         assert "token" in str(await failure(url, recording()))
         await live(url, recording(), token="sesame")

@@ -145,7 +145,7 @@ def test_a_wav_file_ends_where_its_sizes_do(tmp_path: Path, monkeypatch: pytest.
 
 async def test_a_service_elsewhere(plays: Callable[..., bytes], capsys: pytest.CaptureFixture[str]) -> None:
     plays()
-    async with running_service(translator=FakeTranslator(), token="sesame") as url:
+    async with running_service(translator=FakeTranslator(), tokens=("sesame",)) as url:
         await hear(contextlib.nullcontext((url, "sesame")), languages=("es",), latency="low")
         assert capsys.readouterr().out == "es20 es40\nes60\n"
         with pytest.raises(DragomanError, match="the token is missing"):

@@ -348,7 +348,7 @@ async def test_the_page_can_be_read_and_is_told_to_those_who_do_not_see_it(
 
 @needs_chromium
 async def test_the_token_is_asked_for(tmp_path: Path, recording: Path) -> None:
-    async with running_service(token="sésame ~?") as url, open_page(tmp_path) as page:
+    async with running_service(tokens=("sésame ~?",)) as url, open_page(tmp_path) as page:
         await load(page, url, "Not connected")
         assert "asks for a token" in await problem(page)
         assert await page.evaluate("document.activeElement.id") == "token"

@@ -180,7 +180,7 @@ def test_openai_is_told_its_settings(address: str, audio_input: dict[str, Any]) 
 async def test_openai_with_asyncio_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "Session", FakeSession)
     monkeypatch.setattr(scheduler, "tick", fake_tick)
-    async with running_service(token="sesame") as url:
+    async with running_service(tokens=("sesame",)) as url:
         address = url.split("/")[2]
         client = openai_client(address, api_key="sesame", is_async=True)
         async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
@@ -297,7 +297,7 @@ async def test_deepgram_with_asyncio_and_a_token(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(scheduler, "Session", FakeSession)
     monkeypatch.setattr(scheduler, "tick", fake_tick)
-    async with running_service(token="sesame") as url:
+    async with running_service(tokens=("sesame",)) as url:
         address = url.split("/")[2]
         raw: dict[str, Any] = {"model": "nova-3", "encoding": "linear16", "sample_rate": 16_000}
         for secret in ({"api_key": "sesame"}, {"access_token": "sesame"}):
