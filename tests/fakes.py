@@ -9,6 +9,7 @@ import copy
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import numpy as np
@@ -39,6 +40,7 @@ class FakeTranslator:
     name = "fake"
     policy = "interleaved"
     config = TranslationConfig()
+    tokenizer = SimpleNamespace(size=1 << 16)  # as many tokens as any seed of drafts has
 
     def direction(self, target: str, latency: str) -> None:
         for value, known, code in (
