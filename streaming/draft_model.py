@@ -28,7 +28,7 @@ from models.llm import Llm, load_llm
 from models.speculative import Draft
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.translator import Translator
-from streaming.drafts import Context, Outcome, Proposal
+from streaming.drafts import Context, Outcome, Proposal, spelled
 from streaming.errors import DragomanError
 
 #: Pasts that are kept, those of the rows that are drafted for included.
@@ -87,6 +87,7 @@ class DraftModel:
         for mask, own in zip(self._masks, (translator.unwritable, translator.unable_to_begin), strict=True):
             mask[:wanted] = own[:wanted].cpu()
         self._masks = self._masks.to(llm.device)
+        self._endpoint, self._marks = spelled(translator.endpoint), translator.marks
         self._kept: list[_Pasts] = []
 
     @property
@@ -114,13 +115,17 @@ class DraftModel:
         sequences, ends = [context.sequence for context in contexts], [context.end for context in contexts]
         kept, cache = self._taken(sequences)
         hidden, cache = self._read([sequence[n:] for sequence, n in zip(sequences, kept, strict=True)], cache)
+        # Upon an endpoint alone only marks are written.
+        closing = [context.source == self._endpoint != "" for context in contexts]
         begins = [context.past[-1:] in ("", chr(context.end)) for context in contexts]
+        begins = [begin and not closed for begin, closed in zip(begins, closing, strict=True)]
         drafts: list[tuple[list[int], list[float]]] = [([], []) for _ in contexts]
         going = list(range(len(contexts)))
         for i in range(k):
             masks = self._masks[torch.tensor([int(i == 0 and begin) for begin in begins], device=hidden.device)]
             chosen, probabilities = _best(self._llm, hidden, masks)
             going = [b for b in going if chosen[b] != ends[b] and probabilities[b] >= self._min_probability]
+            going = [b for b in going if not closing[b] or chosen[b] in self._marks]
             for b in going:
                 drafts[b][0].append(chosen[b])
                 drafts[b][1].append(probabilities[b])

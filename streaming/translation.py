@@ -739,7 +739,7 @@ def _place(row: Row, plan: _Plan, index: int) -> _Place:
     else:
         read = row.read
         first = not row.write.ids and index < len(plan.tokens)
-    if read and not _count(read):
+    if read and not any(word.ids for word in read if not word.is_endpoint):
         return _Place.CLOSE
     return _Place.BEGIN if first else _Place.GO_ON
 
