@@ -34,10 +34,10 @@ from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from server import GOODBYE_TIMEOUT_S, PATH, SUBPROTOCOL, Admission, Service, Settings, dialect_at
 from streaming.errors import DragomanError
+from streaming.messages import CloseCode
 from streaming.speculation import Speculation
 from wire.dialect import Frame
 from wire.handler import MAX_MESSAGE_BYTES, Handler, TransportClosed
-from wire.messages import CloseCode
 from wire.recordings import END, Recording, Transcription, Translation
 
 MAX_UPLOAD_BYTES: Final = 25 << 20

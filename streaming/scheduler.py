@@ -33,9 +33,9 @@ from streaming.events import (
     TranslationDelta,
 )
 from streaming.interpreter import translate_ahead
+from streaming.messages import DEFAULTS, CloseCode, Command, LookaheadChange, SessionMessage
 from streaming.session import Session, SessionConfig, tick
 from streaming.speculation import Speculation
-from wire.messages import DEFAULTS, CloseCode, Command, LookaheadChange, SessionMessage
 
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
@@ -331,8 +331,9 @@ class Engine:
 
     def _choose(self, streams: Sequence[Stream], now_s: float) -> tuple[list[Stream], int]:
         """Take in messages; the sessions that a step is to advance then, and by how many chunks at most."""
-        uploads = [stream for stream in streams if stream.is_upload(now_s)]
-        live = [stream for stream in streams if stream not in uploads]
+        uploads, live = list[Stream](), list[Stream]()
+        for stream in streams:
+            (uploads if stream.is_upload(now_s) else live).append(stream)
         rows = self._ready(live, _MAX_ROWS)
         if any(stream.speaks(now_s) for stream in live):
             return rows + self._ready(uploads, min(_MAX_UPLOADS, _MAX_ROWS - len(rows))), 1

@@ -6,6 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from streaming import scheduler
+from tests.fakes import FakeSession, fake_tick
+
+
+@pytest.fixture
+def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service's engine works without models."""
+    monkeypatch.setattr(scheduler, "Session", FakeSession)
+    monkeypatch.setattr(scheduler, "tick", fake_tick)
+
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:

@@ -171,3 +171,8 @@ def tone(levels: Sequence[float], rate_hz: int = 16_000, channels: int = 1) -> S
     samples = np.repeat(np.asarray(levels, np.float32), rate_hz * WORD_MS // 1000)
     samples *= np.sin(2 * np.pi * 440 * np.arange(len(samples)) / rate_hz).astype(np.float32)
     return np.repeat(samples[:, None], channels, axis=1)
+
+
+def pcm(levels: Sequence[float], rate_hz: int = 16_000) -> bytes:
+    """`tone` as s16le."""
+    return (tone(levels, rate_hz) * 32_767).astype("<i2").tobytes()

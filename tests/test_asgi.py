@@ -37,10 +37,7 @@ asgi, openai = (pytest.importorskip(name) for name in ("asgi", "openai"))
 LEVELS = [0.1, 0.2, 0.3, 0.0, 0.4, 0.5]
 
 
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 @asynccontextmanager

@@ -31,7 +31,7 @@ from client.connection import ServiceError, connect, exchange
 from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.events import Event, SessionClosed, TranscriptDelta
-from tests.fakes import FakeSession, fake_tick, running_service, tone
+from tests.fakes import FakeSession, fake_tick, pcm, running_service, tone
 from tests.proxy import Proxy
 
 ROOT: Final = Path(__file__).parents[1]
@@ -41,14 +41,7 @@ DECLARATION: Final = json.dumps(
 CLOSE: Final = json.dumps({"type": "session.close"})
 
 
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
-
-
-def pcm(levels: Sequence[float]) -> bytes:
-    return (tone(levels) * 32_767).astype("<i2").tobytes()
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 def words(events: Sequence[Event]) -> str:

@@ -28,19 +28,12 @@ from streaming import scheduler
 from streaming.interpreter import translate_ahead
 from streaming.session import Session, tick
 from tests import tiny
-from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, pcm, running_service, tone
 
 RATE_16K = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}}}
 
 
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
-
-
-def pcm(levels: Sequence[float], rate_hz: int = 16_000) -> bytes:
-    return (tone(levels, rate_hz) * 32_767).astype("<i2").tobytes()
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 async def send_event(connection: ClientConnection, kind: str, **fields: Any) -> None:

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Final, Self
 from streaming.audio import AudioFormat, Encoding
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, SessionUpdated, TranscriptDelta, Word
+from streaming.messages import ClientMessage, Command, LookaheadChange
 from streaming.session import SessionConfig
 from wire.dialect import Dialect, Frame
 from wire.fields import json_object, shown
 from wire.g711 import Law, to_s16le
-from wire.messages import ClientMessage, Command, LookaheadChange
 
 _ENCODINGS: Final[dict[str, Encoding]] = {"linear16": "s16le", "linear32": "f32le"}
 _LAWS: Final[dict[str, Law]] = {"mulaw": "mulaw", "alaw": "alaw"}

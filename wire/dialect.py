@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 from streaming.events import Event
-from wire.messages import ClientMessage
+from streaming.messages import ClientMessage
 
 Frame = str | bytes
 """What one message of a transport holds: text, or binary."""

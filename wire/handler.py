@@ -23,10 +23,10 @@ from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionResumed
+from streaming.messages import DEFAULTS, CloseCode, Resume
 from streaming.scheduler import Engine, Stream
 from streaming.speculation import Speculation
 from wire.dialect import Dialect, Frame
-from wire.messages import DEFAULTS, CloseCode, Resume
 from wire.translations import describe
 
 MAX_MESSAGE_BYTES: Final = 1 << 20

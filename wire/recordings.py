@@ -16,10 +16,10 @@ from models.translator import LATENCIES, NAMES
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta, Word
+from streaming.messages import ClientMessage, Command
 from streaming.session import SessionConfig
 from wire.dialect import Dialect, Frame
 from wire.fields import shown
-from wire.messages import ClientMessage, Command
 
 END: Final = ""
 """The frame that ends the audio of a recording."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Final, Self
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
+from streaming.messages import ClientMessage, Command
 from streaming.session import SessionConfig
 from wire.dialect import Dialect, Frame
 from wire.fields import json_object, section, shown, value_at
-from wire.messages import ClientMessage, Command
 
 _SETTINGS: Final = ("sample_rate", "source_lang", "target_lang", "metrics_metadata")
 

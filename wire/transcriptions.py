@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Final, Literal, Self
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed, SessionUpdated, TranscriptDelta, Word
+from streaming.messages import DEFAULT_RATE_HZ, ClientMessage, Command, LookaheadChange
 from streaming.session import SessionConfig
 from wire.dialect import Dialect, Frame
 from wire.fields import json_object, section, shown, value_at
 from wire.g711 import Law, to_s16le
-from wire.messages import DEFAULT_RATE_HZ, ClientMessage, Command, LookaheadChange
 
 _LAWS: Final[dict[str, Law]] = {"audio/pcmu": "mulaw", "audio/pcma": "alaw"}
 _LAW_RATE_HZ: Final = 8_000

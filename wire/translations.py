@@ -12,10 +12,10 @@ from models.translator import AnyTranslator
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import Event, SessionCreated, SessionResumed
+from streaming.messages import DEFAULT_RATE_HZ, ClientMessage, Command, LookaheadChange, Resume, SessionMessage
 from streaming.session import SessionConfig
 from wire.dialect import Dialect, Frame
 from wire.fields import json_object, section, shown, value_at
-from wire.messages import DEFAULT_RATE_HZ, ClientMessage, Command, LookaheadChange, Resume, SessionMessage
 
 
 class Translations(Dialect):

@@ -27,10 +27,7 @@ LEVELS = [0.2, 0.4, 0.6]
 TEXT = " w20 w40 w60"
 
 
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 def pcm(levels: Sequence[float] = LEVELS) -> bytes:

@@ -22,10 +22,9 @@ from client.files import AudioFile
 from client.live import stream
 from client.output import OutputFormat, make_writer
 from client.progress import Display
-from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.fakes import FakeTranslator, running_service, tone
 from tests.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
@@ -33,10 +32,7 @@ LEVELS = [0.2, 0.4, 0.6]  # 1.2 s
 TEXT = "w20 w40 w60\n"
 
 
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from models.recognizer import Recognizer
 from streaming import scheduler
 from streaming.events import Event, TranscriptDelta, TranslationDelta, Word, parse_event
 from tests.browser import Page, needs_chromium, open_page
-from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.fakes import FakeRecognizer, FakeTranslator, running_service, tone
 from tests.proxy import Proxy
 
 FOLDER: Final = Path(__file__).parents[2] / "client" / "page"
@@ -28,10 +28,7 @@ LEVELS: Final = [0.2, 0.4, 0.6, 0, 0.8, 0.3, 0.5, 0, 0.7]
 HEARD: Final = [0.2, 0.4, 0.6, 0, 0, 0.8, 0.3, 0.5, 0, 0] * 10
 
 
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from streaming.events import (
     TranslationDelta,
     parse_event,
 )
+from streaming.messages import CloseCode, Command, LookaheadChange, Resume
 from streaming.session import SessionConfig
 from tests.fakes import FakeRecognizer, FakeTranslator
 from wire import handler
-from wire.messages import CloseCode, Command, LookaheadChange, Resume
 from wire.translations import describe, parse_message, parse_resume
 
 ROOT: Final = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.events import TranscriptDelta
 from streaming.session import Session, SessionConfig
-from tests.fakes import FakeSession, fake_tick, running_service, tone
+from tests.fakes import FakeSession, fake_tick, pcm, running_service
 from tests.integration.service import EMBEDDED, FAKE, ROOT, running
 
 # These packages were written for an earlier websockets.
@@ -42,10 +42,6 @@ def embedded() -> Iterator[str]:
     """A service with the models of the repository."""
     with running(EMBEDDED) as host:
         yield host
-
-
-def pcm(levels: Sequence[float], rate_hz: int) -> bytes:
-    return (tone(levels, rate_hz) * 32_767).astype("<i2").tobytes()
 
 
 def speech(rate_hz: int) -> bytes:

@@ -11,15 +11,11 @@ from models.translator import Translator
 from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.events import ErrorEvent, Event, SessionClosed, SessionUpdated, TranscriptDelta, TranslationDelta
+from streaming.messages import ClientMessage, CloseCode, Command, LookaheadChange
 from streaming.scheduler import Engine, Stream
 from streaming.session import Session, SessionConfig
 from tests import tiny
-from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, tone
-from wire.messages import ClientMessage, CloseCode, Command, LookaheadChange
-
-
-def pcm(levels: Sequence[float], rate_hz: int = 16_000) -> bytes:
-    return (tone(levels, rate_hz) * 32_767).astype("<i2").tobytes()
+from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, pcm, tone
 
 
 def engine(
@@ -54,12 +50,6 @@ def begun(worker: Engine, config: SessionConfig = DEFAULT) -> Stream:
 def run(worker: Engine) -> None:
     while worker.step():
         pass
-
-
-@pytest.fixture
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
 
 
 def told(events: Sequence[Event | CloseCode]) -> list[dict[str, Any]]:

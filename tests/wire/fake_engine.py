@@ -6,10 +6,10 @@ from typing import Any
 
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionUpdated
+from streaming.messages import ClientMessage, Command, LookaheadChange
 from streaming.session import SessionConfig
-from tests.fakes import FakeSession, FakeTranslator, tone
+from tests.fakes import FakeSession, FakeTranslator
 from wire.dialect import Dialect, Frame
-from wire.messages import ClientMessage, Command, LookaheadChange
 
 
 class Talk:
@@ -74,8 +74,3 @@ def _frame(frame: Frame | dict[str, Any]) -> Frame:
 
 def told(frames: Sequence[Frame]) -> list[dict[str, Any]]:
     return [json.loads(frame) for frame in frames]
-
-
-def pcm(levels: Sequence[float], rate_hz: int = 16_000) -> bytes:
-    """400 ms of sound for each level, s16le; level 0.3 is heard as ``w30``, 0 is a pause."""
-    return (tone(levels, rate_hz) * 32_767).astype("<i2").tobytes()

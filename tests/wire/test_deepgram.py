@@ -7,10 +7,11 @@ import pytest
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, SessionClosed, SessionUpdated, TranscriptDelta, Word
+from streaming.messages import Command, LookaheadChange
 from streaming.session import SessionConfig
-from tests.wire.fake_engine import Talk, pcm, told
+from tests.fakes import pcm
+from tests.wire.fake_engine import Talk, told
 from wire.deepgram import Deepgram
-from wire.messages import Command, LookaheadChange
 
 RAW = {"encoding": "linear16", "sample_rate": "16000"}
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, SessionUpdated
+from streaming.messages import LookaheadChange
 from streaming.session import SessionConfig
-from tests.wire.fake_engine import Talk, pcm
+from tests.fakes import pcm
+from tests.wire.fake_engine import Talk
 from wire.deepgram import Deepgram
 from wire.dialect import Dialect, Frame
-from wire.messages import LookaheadChange
 from wire.simulstream import Simulstream
 from wire.transcriptions import Transcriptions
 

@@ -13,22 +13,13 @@ from hypothesis import strategies as st
 
 from models.recognizer import Recognizer
 from models.translator import Translator
-from streaming import scheduler
-from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, tone
+from tests.fakes import FakeRecognizer, FakeTranslator, pcm
 from wire import handler
 from wire.dialect import Frame
 from wire.handler import Handler, Limits, TransportClosed
 from wire.translations import Translations
 
-
-@pytest.fixture(autouse=True)
-def fake_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Session", FakeSession)
-    monkeypatch.setattr(scheduler, "tick", fake_tick)
-
-
-def pcm(levels: Sequence[float]) -> bytes:
-    return (tone(levels) * 32_767).astype("<i2").tobytes()
+pytestmark = pytest.mark.usefixtures("fake_sessions")
 
 
 DECLARATION = json.dumps(

@@ -5,7 +5,8 @@ import pytest
 
 from streaming.errors import DragomanError
 from streaming.session import SessionConfig
-from tests.wire.fake_engine import Talk, pcm
+from tests.fakes import pcm
+from tests.wire.fake_engine import Talk
 from wire.simulstream import Simulstream
 
 END = {"end_of_stream": True}

@@ -8,9 +8,10 @@ import pytest
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, SessionClosed, SessionUpdated, TranscriptDelta, Word
+from streaming.messages import Command, LookaheadChange
 from streaming.session import SessionConfig
-from tests.wire.fake_engine import Talk, pcm, told
-from wire.messages import Command, LookaheadChange
+from tests.fakes import pcm
+from tests.wire.fake_engine import Talk, told
 from wire.transcriptions import Transcriptions
 
 COMMIT = {"type": "input_audio_buffer.commit"}

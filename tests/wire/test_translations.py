@@ -6,8 +6,8 @@ import pytest
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from streaming.events import SessionClosed, SessionResumed
+from streaming.messages import Resume
 from streaming.session import SessionConfig
-from wire.messages import Resume
 from wire.translations import Translations, parse_message, parse_resume
 
 
