@@ -93,6 +93,7 @@ class SentencePieceTokenizer:
         self.size: int = self._pieces.get_piece_size()
         self._bytes = [self._read_piece(i) for i in range(self.size)]
         self.controls = frozenset(i for i in range(self.size) if self._is_control(i))
+        self.byte_pieces = frozenset(i for i in range(self.size) if self._pieces.is_byte(i))
         pieces = (self._pieces.id_to_piece(i) for i in range(self.size))
         self.word_starts: frozenset[int] | None = frozenset(i for i, p in enumerate(pieces) if p.startswith(SPACE))
         self.encode_word = lru_cache(_CACHED_WORDS)(self._encode_word)

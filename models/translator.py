@@ -24,7 +24,7 @@ from torch import Tensor
 from models.folder import CONFIG, read_object, required_file, write_model
 from models.llm import Llm, load_llm
 from models.llm_config import LlmConfig
-from models.tokenizer import SENTENCEPIECE, ChatTemplate, Tokenizer, load_tokenizer
+from models.tokenizer import SENTENCEPIECE, ChatTemplate, SentencePieceTokenizer, Tokenizer, decode, load_tokenizer
 from streaming.errors import DragomanError
 
 Latency = Literal["low", "low-medium", "medium", "medium-high", "high", "offline"]
@@ -270,6 +270,19 @@ class Translator(AnyTranslator):
             self.endpoint = () if config.endpoint is None else (self._symbol(config.endpoint),)
         self.unwritable, self.unable_to_begin = write_masks(tokenizer, self.end_of_write, vocab_size).to(llm.device)
         self.marks = closing_marks(tokenizer, self.end_of_write)
+        self._unknown = tokenizer.byte_pieces if isinstance(tokenizer, SentencePieceTokenizer) else frozenset[int]()
+
+    def encode_word(self, word: str) -> tuple[int, ...]:
+        """Ids of a source word, in the casing that the model knows.
+
+        What a model of our own family could only read as bytes, such as emoji and other scripts, is left out: it has
+        not learnt to, and says what nobody said.
+        """
+        ids = super().encode_word(word)
+        if self._unknown.isdisjoint(ids):
+            return ids
+        known = tuple(token for token in ids if token not in self._unknown)
+        return known if decode(self.tokenizer, known).strip() else ()
 
     @property
     def device(self) -> torch.device:

@@ -86,6 +86,13 @@ def test_what_may_be_written() -> None:
     assert {".", "?", "!"} <= marks and not any(c.isalnum() or c == "\ufffd" for mark in marks for c in mark or "x")
 
 
+def test_what_the_model_has_not_learnt_to_read_is_left_out() -> None:
+    t = tiny.translator()
+    assert t.encode_word("🎉") == t.encode_word("同声传译") == ()
+    assert t.encode_word("the🎉") == t.encode_word("the")
+    assert decode(t.tokenizer, t.encode_word("speaker")) == " speaker"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -170,7 +177,7 @@ def test_a_plain_model_runs_under_a_declared_policy(tmp_path: Path, policy: Any)
 def test_casing_is_what_the_model_knows(tmp_path: Path) -> None:
     lower = load_translator(saved(tmp_path, casing="lower"))
     assert lower.encode_word("THE") == lower.tokenizer.encode_word("the")
-    assert tiny.translator().encode_word("THE") == tiny.translator().tokenizer.encode_word("THE")
+    assert tiny.translator().encode_word("THE") == (), "capitals are not in its vocabulary"
 
 
 def test_the_two_symbols_are_the_papers() -> None:
