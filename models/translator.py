@@ -226,7 +226,7 @@ class AnyTranslator:
 
     def encode_word(self, word: str) -> tuple[int, ...]:
         """Ids of a source word, in the casing that the model knows."""
-        return self.tokenizer.encode_word(word.lower() if self.config.casing == "lower" else word)
+        return source_ids(self.tokenizer, word.lower() if self.config.casing == "lower" else word)
 
     def _require(self, value: str, known: tuple[str, ...], code: str, what: str) -> None:
         if value not in known:
@@ -270,19 +270,6 @@ class Translator(AnyTranslator):
             self.endpoint = () if config.endpoint is None else (self._symbol(config.endpoint),)
         self.unwritable, self.unable_to_begin = write_masks(tokenizer, self.end_of_write, vocab_size).to(llm.device)
         self.marks = closing_marks(tokenizer, self.end_of_write)
-        self._unknown = tokenizer.byte_pieces if isinstance(tokenizer, SentencePieceTokenizer) else frozenset[int]()
-
-    def encode_word(self, word: str) -> tuple[int, ...]:
-        """Ids of a source word, in the casing that the model knows.
-
-        What a model of our own family could only read as bytes, such as emoji and other scripts, is left out: it has
-        not learnt to, and says what nobody said.
-        """
-        ids = super().encode_word(word)
-        if self._unknown.isdisjoint(ids):
-            return ids
-        known = tuple(token for token in ids if token not in self._unknown)
-        return known if decode(self.tokenizer, known).strip() else ()
 
     @property
     def device(self) -> torch.device:
@@ -297,6 +284,19 @@ class Translator(AnyTranslator):
                 ' control piece; take "translation" out of its config.json to run it by its chat template'
             )
         return found
+
+
+def source_ids(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
+    """Ids of a source word, in training as in use.
+
+    What a model of our own family could only read as bytes, such as emoji and other scripts, is left out: it does not
+    learn to, and would say what nobody said.
+    """
+    ids = tokenizer.encode_word(word)
+    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.byte_pieces.isdisjoint(ids):
+        return ids
+    known = tuple(token for token in ids if token not in tokenizer.byte_pieces)
+    return known if decode(tokenizer, known).strip() else ()
 
 
 def write_masks(tokenizer: Tokenizer, end_of_write: int, vocab_size: int) -> Tensor:

@@ -48,7 +48,15 @@ from torch import Tensor
 
 from client.normalize import normalize_transcript
 from models.tokenizer import SentencePieceTokenizer, Tokenizer
-from models.translator import END_OF_READ, END_OF_WRITE, OWN_ENDPOINT, TranslationConfig, closing_marks, prompt_ids
+from models.translator import (
+    END_OF_READ,
+    END_OF_WRITE,
+    OWN_ENDPOINT,
+    TranslationConfig,
+    closing_marks,
+    prompt_ids,
+    source_ids,
+)
 from streaming.errors import DragomanError
 from training.translation.align import Links, read_aligned, word_stem
 from training.translation.chunks import (
@@ -287,7 +295,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: TranslationConfig | None = None) -> None:
-        self.word: Callable[[str], tuple[int, ...]] = functools.cache(tokenizer.encode_word)
+        self.word: Callable[[str], tuple[int, ...]] = functools.cache(functools.partial(source_ids, tokenizer))
+        self.target_word: Callable[[str], tuple[int, ...]] = functools.cache(tokenizer.encode_word)
         self.tokenizer, self._config = tokenizer, config or TranslationConfig(endpoint=OWN_ENDPOINT)
         self.end_of_read, self.end_of_write = self._symbol(END_OF_READ), self._symbol(END_OF_WRITE)
         self.endpoint = () if self._config.endpoint is None else (self._symbol(self._config.endpoint),)
@@ -326,14 +335,13 @@ class Encoder:
             self._add(sequence, [], parts[1], ends=True)
 
     def _ids(self, words: Iterable[str]) -> tuple[int, ...]:
-        return tuple(token for word in words for token in self.word(word))
+        return tuple(token for word in words for token in self.target_word(word))
 
     def _add(self, sequence: Interleaved, source: list[str], target: Sequence[int], *, ends: bool = False) -> None:
         """Appends one chunk pair; the write after an endpoint is forced, and not learnt."""
-        for k, word in enumerate(source):
-            first, *rest = self.word(word)
-            sequence.add([first], READ_ON if k else SOURCE)
-            sequence.add(rest, SOURCE)
+        for k, ids in enumerate(filter(None, map(self.word, source))):
+            sequence.add(ids[:1], READ_ON if k else SOURCE)
+            sequence.add(ids[1:], SOURCE)
         sequence.add(self.endpoint if ends else (), PROMPT)
         sequence.add([self.end_of_read], PROMPT if ends else WRITE)
         sequence.add([*target, self.end_of_write], WRITE)
@@ -345,7 +353,7 @@ class Encoder:
             return None
         last = words[said - 1]
         stem = last.rstrip("".join(c for c in last if not c.isalnum()))
-        ids, bare = self.word(last), self.word(stem)
+        ids, bare = self.target_word(last), self.target_word(stem)
         if ids[: len(bare)] != bare:
             return None
         return self._ids(words[: said - 1]) + bare, ids[len(bare) :] + self._ids(words[said:])

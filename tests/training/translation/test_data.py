@@ -61,7 +61,7 @@ def test_a_sequence_is_the_one_that_inference_builds() -> None:
         ids += translator.endpoint if i else ()
         ids.append(translator.end_of_read)
         for word in target:
-            ids += translator.encode_word(word)
+            ids += translator.tokenizer.encode_word(word)
         ids.append(translator.end_of_write)
     assert made.ids == ids
     assert TranslationConfig().prompt.format(source="en", target="es", latency="medium") == "<s><|en|><|es|><|medium|>"
@@ -86,7 +86,8 @@ def test_a_late_endpoint_brings_the_marks_that_end_a_sentence() -> None:
     source = [["talking"]]
     late = sequence(Chunks(source, [["hablando", "hablante", "!"]]), late=True)
     begin = len(ENCODER.begin("es", "medium").ids) + len(ENCODER.word("talking"))
-    words, mark = [*ENCODER.word("hablando"), *ENCODER.word("hablante")], ENCODER.word("!")
+    word = ENCODER.target_word
+    words, mark = [*word("hablando"), *word("hablante")], word("!")
     assert late.ids[begin:] == [read, *words, write, endpoint, read, *mark, write]
     assert late.kinds[begin:] == [WRITE] * (len(words) + 2) + [PROMPT, PROMPT] + [WRITE] * (len(mark) + 1)
     # What was written when the endpoint comes late is what is written at once, but for where it is written.

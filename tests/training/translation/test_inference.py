@@ -75,7 +75,7 @@ def within_bounds(chunks: Chunks) -> Chunks:
     """With the last words of each target, few enough that the write is neither capped nor taken for a loop."""
     targets = []
     for source, target in zip(chunks.source, chunks.target, strict=True):
-        cap = write_cap(len(encode_words(TOKENIZER, " ".join(source))))
+        cap = write_cap(sum(len(ENCODER.word(word)) for word in source))
         while True:
             ids = encode_words(TOKENIZER, " ".join(target))
             if len(ids) < cap and not any(looping(ids[:n]) for n in range(len(ids) + 1)):
@@ -91,7 +91,8 @@ words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5)
 @settings(max_examples=25, deadline=None)
 @given(
     schedules=st.lists(st.lists(st.tuples(st.integers(1, 4), words), min_size=1, max_size=5), min_size=1, max_size=3),
-    source=st.lists(st.sampled_from(WORDS), min_size=20, max_size=20),
+    # Upon others, of which the model reads nothing, it does not decide.
+    source=st.lists(st.sampled_from([word for word in WORDS if ENCODER.word(word)]), min_size=20, max_size=20),
     cuts=st.lists(st.integers(1, 20), max_size=4),
     forwards=st.integers(1, 3),
     latency=st.sampled_from(["low", "high", OFFLINE]),
