@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from server import Service
     from streaming.audio import Encoding
     from streaming.glossary import Glossary
-    from streaming.remote import RemoteTranslator
     from streaming.session import Decoder, Lookahead
     from streaming.speculation import Speculation
 
@@ -182,6 +182,10 @@ def transcribe(
     rate: RateOption = 16_000,
     channels: ChannelsOption = 1,
     encoding: EncodingOption = "s16le",
+    translator_url: TranslatorUrlOption = None,
+    translator_model: TranslatorModelOption = None,
+    translator_policy: TranslatorPolicyOption = "wait-k",
+    translator_key: TranslatorKeyOption = None,
 ) -> None:
     """Transcribe recordings of any format that soundfile or PyAV opens, and with --to translate them.
 
@@ -209,9 +213,11 @@ def transcribe(
             latency=latency,
             glossary=_glossary(glossary),
         )
+        translating = _TranslatorOptions(
+            translator, device, dtype, speculation, translator_url, translator_model, translator_policy, translator_key
+        )
         recognizer = load_recognizer(model, device=device, dtype=dtype)
-        interpreter = _load_translator(translator, device, dtype, languages, latency) if languages else None
-        drafts = _load_speculation(interpreter, translator, speculation)
+        interpreter, drafts = translating.load(languages, latency) if languages else (None, None)
         with display:
             for step in run(openers, recognizer, config, interpreter, batch_size=batch_size, speculation=drafts):
                 if step.problem is not None:
@@ -256,24 +262,52 @@ def _load_translator(
     return translator
 
 
-def _remote_translator(
-    url: str, model: str | None, folder: Path | None, policy: "Policy", key: str | None
-) -> "RemoteTranslator":
-    """The translator that a server runs; its folder tells how it is asked."""
-    from streaming.remote import load_remote_translator
+@dataclass(frozen=True)
+class _TranslatorOptions:
+    """Which translator the options of a command name, and how it runs.
 
-    name = model or ("" if folder is None else folder.resolve().name)
-    return load_remote_translator(url, name, folder, policy=policy, key=key)
+    Attributes:
+        folder: Of the model; None for the embedded one. Of a model on a server, it tells how that is asked.
+        device: Where a model of this program runs.
+        dtype: What it computes in.
+        speculation: Whether its translations are drafted ahead; None for where it pays.
+        url: Server that runs the model instead; None for none.
+        model: Its name there; None for the folder's.
+        policy: When it writes.
+        key: Secret of that server.
+    """
+
+    folder: Path | None
+    device: str
+    dtype: str
+    speculation: bool | None
+    url: str | None
+    model: str | None
+    policy: "Policy"
+    key: str | None
+
+    def load(
+        self, languages: Sequence[str] = (), latency: str = "medium"
+    ) -> "tuple[AnyTranslator, Speculation | None]":
+        """The translator, which must know these languages at this latency, and what drafts for it."""
+        if self.url is None:
+            here = _load_translator(self.folder, self.device, self.dtype, languages, latency)
+            return here, _load_speculation(here, self.folder, self.speculation)
+        from streaming.remote import load_remote_translator
+
+        name = self.model or ("" if self.folder is None else self.folder.resolve().name)
+        elsewhere = load_remote_translator(self.url, name, self.folder, policy=self.policy, key=self.key)
+        for language in languages:
+            elsewhere.direction(language, latency)
+        return elsewhere, None
 
 
-def _load_speculation(
-    translator: "Translator | None", folder: Path | None, wanted: bool | None
-) -> "Speculation | None":
-    """What drafts for a translator, if there is one and it pays."""
+def _load_speculation(translator: "Translator", folder: Path | None, wanted: bool | None) -> "Speculation | None":
+    """What drafts for a translator of this program, if it pays."""
     from models.translator import EMBEDDED_TRANSLATOR
     from streaming.speculation import speculation_for
 
-    return None if translator is None else speculation_for(translator, folder or EMBEDDED_TRANSLATOR, wanted)
+    return speculation_for(translator, folder or EMBEDDED_TRANSLATOR, wanted)
 
 
 def _open_source(name: str, encoding: "Encoding", rate_hz: int, channels: int) -> "AudioSource":
@@ -322,15 +356,10 @@ def translate(
 
         languages, terms = _languages(to), _glossary(glossary)
         stream = sys.stdin.buffer if text == STDIN else Path(text).open("rb")
-        interpreter: AnyTranslator
-        drafts = None
-        if translator_url is not None:
-            interpreter = _remote_translator(
-                translator_url, translator_model, translator, translator_policy, translator_key
-            )
-        else:
-            here = _load_translator(translator, device, dtype, languages, latency)
-            interpreter, drafts = here, _load_speculation(here, translator, speculation)
+        translating = _TranslatorOptions(
+            translator, device, dtype, speculation, translator_url, translator_model, translator_policy, translator_key
+        )
+        interpreter, drafts = translating.load(languages, latency)
         writer = TextLines(languages) if output_format == "txt" else JsonLines()
         open_session = partial(TextSession, interpreter, languages, latency, terms, drafts)
         for step in run(Lines(stream, text), open_session, batch_size=batch_size):
@@ -428,15 +457,11 @@ def serve(
         for name in ("websockets", "uvicorn", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)
         service = _asgi_service() if over_asgi else server.Service
-        interpreter: AnyTranslator | None = None
-        drafts = None
-        if translator_url is not None:
-            interpreter = _remote_translator(
-                translator_url, translator_model, translator, translator_policy, translator_key
-            )
-        elif translator is not None or EMBEDDED_TRANSLATOR.exists():
-            here = _load_translator(translator, device, dtype)
-            interpreter, drafts = here, _load_speculation(here, translator, speculation)
+        translating = _TranslatorOptions(
+            translator, device, dtype, speculation, translator_url, translator_model, translator_policy, translator_key
+        )
+        is_there = translator_url is not None or translator is not None or EMBEDDED_TRANSLATOR.exists()
+        interpreter, drafts = translating.load() if is_there else (None, None)
         recognizer = load_recognizer(model, device=device, dtype=dtype)
         asyncio.run(server.serve(recognizer, settings, interpreter, drafts, kind=service))
 
@@ -531,6 +556,10 @@ def mic(
     decoder: DecoderOption = "rnnt",
     max_lookahead_ms: LookaheadOption = None,
     lookahead: PolicyOption = None,
+    translator_url: TranslatorUrlOption = None,
+    translator_model: TranslatorModelOption = None,
+    translator_policy: TranslatorPolicyOption = "wait-k",
+    translator_key: TranslatorKeyOption = None,
 ) -> None:
     """Transcribe what a microphone hears, and with --to translate it, while you speak.
 
@@ -548,13 +577,23 @@ def mic(
         if list_devices:
             typer.echo("\n".join(map(str, devices)))
             return
+        translating = _TranslatorOptions(
+            translator,
+            model_device,
+            dtype,
+            speculation,
+            translator_url,
+            translator_model,
+            translator_policy,
+            translator_key,
+        )
         languages, terms, microphone = _languages(to), _glossary(glossary), Microphone(chosen)
         view = make_view(output_format, languages)
         with save_as(save, microphone.format, languages) if save else nullcontext() as recording:
             service: AbstractAsyncContextManager[tuple[str, str | None]] = nullcontext((url or "", token))
             if url is None:
                 complain("loading the models")
-                service = _own_service(model, translator, speculation, model_device, dtype, languages, latency)
+                service = _own_service(model, model_device, dtype, translating, languages, latency)
             complain(f"listening to {chosen.name}, until Ctrl-C")
             asyncio.run(
                 listen(
@@ -579,10 +618,9 @@ def mic(
 
 def _own_service(
     model: Path | None,
-    translator: Path | None,
-    speculation: bool | None,
     device: str,
     dtype: str,
+    translating: _TranslatorOptions,
     languages: Sequence[str],
     latency: str,
 ) -> AbstractAsyncContextManager[tuple[str, str | None]]:
@@ -594,8 +632,7 @@ def _own_service(
 
     # One core is left to what may not come too late: the audio.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
-    interpreter = _load_translator(translator, device, dtype, languages, latency) if languages else None
-    drafts = _load_speculation(interpreter, translator, speculation)
+    interpreter, drafts = translating.load(languages, latency) if languages else (None, None)
     return own_service(load_recognizer(model, device=device, dtype=dtype), interpreter, drafts)
 
 
@@ -659,6 +696,10 @@ def evaluate(
             metavar="FILE", help="Draw word error rate over delay, BLEU over lag, to a .png or .svg; needs matplotlib."
         ),
     ] = None,
+    translator_url: TranslatorUrlOption = None,
+    translator_model: TranslatorModelOption = None,
+    translator_policy: TranslatorPolicyOption = "wait-k",
+    translator_key: TranslatorKeyOption = None,
 ) -> None:
     """Score models on recordings and texts: word error rate, BLEU, chrF, delay and lag, speed.
 
@@ -696,7 +737,10 @@ def evaluate(
         speech = [one for one in sets if isinstance(one, SpeechSet)]
         to_translate = sets if languages else [one for one in sets if isinstance(one, TextSet)]
         recognizer = load_recognizer(model, device=device, dtype=dtype) if speech else None
-        interpreter = _load_translator(translator, device, dtype) if to_translate else None
+        translating = _TranslatorOptions(
+            translator, device, dtype, speculation, translator_url, translator_model, translator_policy, translator_key
+        )
+        interpreter, drafts = translating.load() if to_translate else (None, None)
         decoders, policies = cast("list[Decoder]", decoder or ["rnnt"]), cast("list[Lookahead]", lookahead or [None])
         configs = session_configs(recognizer, decoders, max_lookahead_ms or [None], policies) if recognizer else []
         sizes = {"batch_size": batch_size, "replay": replay}
@@ -711,7 +755,7 @@ def evaluate(
                 recognizer=recognizer,
                 configs=configs,
                 spoken=spoken,
-                speculation=_load_speculation(interpreter, translator, speculation),
+                speculation=drafts,
                 **sizes,
             )
         load_before = os.getloadavg()
@@ -723,7 +767,7 @@ def evaluate(
         for problem in problems:
             complain(problem)
         conditions = Conditions.now(
-            context.params,
+            {name: value for name, value in context.params.items() if name != "translator_key"},
             load_before,
             model=recognizer.name if recognizer else None,
             translator=interpreter.name if interpreter else None,

@@ -32,7 +32,7 @@ from client.normalize import normalize_transcript
 from client.transcribe import Step, transcribe
 from models.config import FRAME_MS
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from models.vad import is_silent
 from streaming.audio import SAMPLE_RATE_HZ, Samples
 from streaming.errors import DragomanError
@@ -544,7 +544,7 @@ def open_session(
     recognizer: Recognizer,
     file: Path,
     config: SessionConfig,
-    translator: Translator | None = None,
+    translator: AnyTranslator | None = None,
     speculation: Speculation | None = None,
 ) -> tuple[Samples, Session]:
     """A whole recording, ``[samples, channels]``, and a session that takes its format."""

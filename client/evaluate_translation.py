@@ -50,9 +50,9 @@ from client.normalize import normalize_transcript
 from client.transcribe import Step, transcribe
 from models.config import FRAME_MS
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.errors import DragomanError
-from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.interpreter import translate
 from streaming.session import SessionConfig
 from streaming.speculation import Speculation
@@ -228,7 +228,7 @@ def _quality(told: Sequence[_Told]) -> Quality | None:
 
 
 def score_text(
-    translator: Translator,
+    translator: AnyTranslator,
     texts: TextSet,
     languages: Sequence[str],
     latency: str,
@@ -307,7 +307,7 @@ def _with_elapsed(line: Instance, live: Instance | None, unit_ms: int) -> Instan
 
 
 def _read_out(
-    translator: Translator,
+    translator: AnyTranslator,
     sources: Sequence[str],
     languages: Sequence[str],
     latency: str,
@@ -331,7 +331,7 @@ def _read_out(
                 translate(ready)
             for i, session in batch.items():
                 read = min(count, len(words[i]))
-                for event in _translations(session.take_events()):
+                for event in _translations(_whole(session.take_events())):
                     found[i][event.language].append(_Delta(event.delta, read, read * WORD_MS))
     return found
 
@@ -341,7 +341,7 @@ def _translations(events: Iterable[Event]) -> list[TranslationDelta]:
 
 
 def _replay_text(
-    translator: Translator,
+    translator: AnyTranslator,
     told: Sequence[_Told],
     language: str,
     latency: str,
@@ -369,7 +369,19 @@ def _replay_text(
 def _timed(run: Callable[[], list[Event]]) -> tuple[list[Event], float]:
     begun_s = time.perf_counter()
     events = run()
-    return events, 1e3 * (time.perf_counter() - begun_s)
+    return _whole(events), 1e3 * (time.perf_counter() - begun_s)
+
+
+def _whole(events: list[Event]) -> list[Event]:
+    """The events, unless one of them says that there will be no more translations: what came before has no score.
+
+    Raises:
+        DragomanError: ``translator_unavailable``.
+    """
+    for event in events:
+        if isinstance(event, ErrorEvent):
+            raise DragomanError(event.code, event.message)
+    return events
 
 
 def _backlogs(costs_ms: Sequence[float], step_ms: float) -> list[float]:
@@ -392,7 +404,7 @@ def _live(lines: Sequence[Instance], costs_ms: Sequence[float], **speech: Any) -
 
 def score_speech(
     recognizer: Recognizer,
-    translator: Translator,
+    translator: AnyTranslator,
     speech: SpeechSet,
     config: SessionConfig,
     *,
@@ -469,7 +481,7 @@ def _recognition(recognizer: Recognizer, config: SessionConfig) -> str:
 
 
 def _from_text(
-    translator: Translator,
+    translator: AnyTranslator,
     utterances: Sequence[Utterance],
     language: str,
     latency: str,
@@ -522,7 +534,7 @@ def _delay(told: Sequence[_Told], backlogs: Sequence[Sequence[float]] | None = N
 
 def _replay_speech(
     recognizer: Recognizer,
-    translator: Translator,
+    translator: AnyTranslator,
     utterances: Sequence[Utterance],
     config: SessionConfig,
     count: int,
@@ -556,7 +568,7 @@ def _replay_speech(
 
 
 def translation_jobs(
-    translator: Translator,
+    translator: AnyTranslator,
     sets: Sequence[SpeechSet | TextSet],
     languages: Sequence[str],
     latencies: Sequence[str],
@@ -608,7 +620,7 @@ def translation_jobs(
 
 
 def _scored_languages(
-    translator: Translator, sets: Sequence[SpeechSet | TextSet], wanted: Sequence[str]
+    translator: AnyTranslator, sets: Sequence[SpeechSet | TextSet], wanted: Sequence[str]
 ) -> tuple[str, ...]:
     known = {language for one in sets for segment in _segments(one) for language in segment.translations}
     for language in wanted:

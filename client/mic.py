@@ -19,7 +19,7 @@ from streaming.events import Event, TranscriptDelta, TranslationDelta
 
 if TYPE_CHECKING:  # they take long to import, and a service elsewhere does without
     from models.recognizer import Recognizer
-    from models.translator import Translator
+    from models.translator import AnyTranslator
     from streaming.speculation import Speculation
 
 _FRAME_S: Final = 0.125  # between two drawings of the view
@@ -100,7 +100,7 @@ def save_as(name: str, fmt: AudioFormat, languages: Sequence[str]) -> Iterator[R
 
 @asynccontextmanager
 async def own_service(
-    recognizer: "Recognizer", translator: "Translator | None", speculation: "Speculation | None"
+    recognizer: "Recognizer", translator: "AnyTranslator | None", speculation: "Speculation | None"
 ) -> AsyncIterator[tuple[str, str | None]]:
     """A service within this program and for it alone; gives its URL and its secret."""
     from server import Service, Settings

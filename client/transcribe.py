@@ -7,7 +7,7 @@ from typing import Final
 
 from client.files import AudioSource
 from models.recognizer import Recognizer
-from models.translator import Translator
+from models.translator import AnyTranslator
 from streaming.audio import Samples
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionClosed
@@ -46,7 +46,7 @@ def transcribe(
     openers: Sequence[Callable[[], AudioSource]],
     recognizer: Recognizer,
     config: SessionConfig,
-    translator: Translator | None = None,
+    translator: AnyTranslator | None = None,
     *,
     batch_size: int,
     speculation: Speculation | None = None,
@@ -96,7 +96,7 @@ class _Job:
         source: AudioSource,
         recognizer: Recognizer,
         config: SessionConfig,
-        translator: Translator | None,
+        translator: AnyTranslator | None,
         speculation: Speculation | None,
     ) -> None:
         self.index = index

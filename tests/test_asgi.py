@@ -17,13 +17,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import soundfile
-from typer.testing import CliRunner
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
 import server
-from client.cli import app
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming import scheduler
@@ -454,28 +452,3 @@ async def test_the_command_with_a_translator_elsewhere(tmp_path: Path) -> None:
                 with pytest.raises(openai.InternalServerError) as refused:
                     await create(file=sample, model="x", extra_body={"to": "es"})
                 assert (refused.value.status_code, refused.value.code) == (503, "translator_unavailable")
-
-
-def test_the_command_without_a_server(tmp_path: Path) -> None:
-    folder = plain_folder(tmp_path)
-    for options, sentence in (
-        (["--translator-url", "http://127.0.0.1:9/v1", "--translator", str(folder)], "cannot be reached"),
-        (["--translator-url", "http://127.0.0.1:9/v1"], "name a folder"),
-        (["--translator-url", "127.0.0.1", "--translator", str(folder)], "no URL"),
-    ):
-        for command in (["serve", "--port", "0"], ["translate", "--to", "es", __file__]):
-            result = CliRunner().invoke(app, [*command, *options])
-            assert result.exit_code == 2 and sentence in result.stderr
-
-
-def test_text_through_a_translator_elsewhere(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("where the words come from\n\nand go to\n")
-    with completions(planned, takes_ids=False) as model:
-        options = ["--translator-url", model.url, "--translator-model", "tiny", "--translator"]
-        command = ["translate", str(text), "--to", "es", *options, str(plain_folder(tmp_path / "tiny"))]
-        result = CliRunner().invoke(app, [*command, "--translator-policy", "local-agreement"])
-        assert (result.exit_code, result.stdout) == (0, "WHERE THE WORDS COME FROM\n\nAND GO TO\n")
-        model.faults = [404, 404, *[500] * 99]
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 2 and "404" in result.stderr
