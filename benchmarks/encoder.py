@@ -1,8 +1,11 @@
 """Step time of the encoder beside NeMo's, on the same weights, in one process, step by step in turn.
 
     python -m benchmarks.encoder
+    python -m benchmarks.encoder --graphs --device cuda --dtype bfloat16 --batch 1 --batch 64 --batch 256
 
-Both encoders start every step from full caches, and both return new ones; decoding is not included.
+Both encoders start every step from full caches, and both return new ones; decoding is not included. With ``--graphs``,
+the eager step is compared with the one that :mod:`models.graphs` replays, without NeMo; what it takes beside the step
+to join the states of as many streams, and to part them again, stands in a column of its own.
 
 What bounds a step of one frame for one stream (fp32, a 2-core AMD EPYC with AVX-512, load 1.2 to 1.7):
 
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -37,12 +40,15 @@ from benchmarks.nemo_reference import (
     LEFT_CONTEXT_FRAMES,
     LOOKAHEAD_FRAMES,
     MEL_CACHE_FRAMES,
+    SHAPES,
     NemoReference,
     NemoStepper,
     build,
 )
 from models.config import SUBSAMPLING_FACTOR
-from models.fastconformer import FastConformer
+from models.fastconformer import EncoderState, FastConformer
+from models.folder import dtype_of, require_device
+from models.graphs import Capture, CudaCapture, EncoderGraphs
 from models.recognizer import RecognizerNet
 
 #: Larger than any cache of the machines this runs on.
@@ -124,13 +130,42 @@ class Bound:
     nemo_ops: int
 
 
-def our_step(encoder: FastConformer, mel: Tensor, lookahead: int) -> Callable[[], object]:
-    """A step of our encoder on streams whose caches are full; it starts from the same state every time."""
-    batch = mel.shape[0]
+@dataclass(frozen=True)
+class GraphRow:
+    """One line of the table of graphs.
+
+    Attributes:
+        shape: Key of the NeMo reference's shapes.
+        batch: Streams in one step.
+        lookahead: Encoder frames; a step yields one frame more.
+        eager: The step, launched kernel by kernel.
+        graph: The step, replayed; None where there are no graphs.
+        states: What it takes to join the streams' states before a step and to part them after it.
+        load: One-minute load average of the machine when the row was done.
+    """
+
+    shape: str
+    batch: int
+    lookahead: int
+    eager: Timing
+    graph: Timing | None
+    states: Timing
+    load: float
+
+
+def full_state(encoder: FastConformer, batch: int) -> EncoderState:
+    """Streams whose caches are full, of noise."""
     state = encoder.init_state(batch)
     state.attention.normal_()
     state.conv.normal_()
     state.frames.fill_(LEFT_CONTEXT_FRAMES)
+    return state
+
+
+def our_step(encoder: FastConformer, mel: Tensor, lookahead: int) -> Callable[[], object]:
+    """A step of our encoder on streams whose caches are full; it starts from the same state every time."""
+    batch = mel.shape[0]
+    state = full_state(encoder, batch)
     slots = torch.full((batch,), mel.shape[1])
     chunk = torch.full((batch,), lookahead + 1)
     return lambda: encoder.step(mel, state, slots=slots, chunk_frames=chunk)
@@ -242,6 +277,77 @@ def measure(
     return rows, bounds
 
 
+def measure_graphs(
+    names: Sequence[str],
+    batches: Sequence[int],
+    lookaheads: Sequence[int],
+    seconds: float,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    capture: Capture | None,
+) -> list[GraphRow]:
+    """Measures eager and replayed steps; without ``capture`` there are only eager ones."""
+    rows = []
+    for name in names:
+        torch.manual_seed(0)
+        config = NemoReference(None, SHAPES[name], "hybrid").config()
+        encoder = RecognizerNet(config).to(device, dtype).encoder.freeze()
+        graphs = None if capture is None else EncoderGraphs(encoder, capture)
+        for batch in batches:
+            for lookahead in lookaheads:
+                with torch.inference_mode():
+                    timings = _graph_timings(encoder, graphs, batch, lookahead, seconds)
+                rows.append(GraphRow(name, batch, lookahead, *timings, os.getloadavg()[0]))
+    return rows
+
+
+def _graph_timings(
+    encoder: FastConformer, graphs: EncoderGraphs | None, batch: int, lookahead: int, seconds: float
+) -> tuple[Timing, Timing | None, Timing]:
+    state = full_state(encoder, batch)
+    mel = torch.randn(batch, SUBSAMPLING_FACTOR * (lookahead + 1), encoder.mel_bins).to(state.conv)
+    step, streams = our_step(encoder, mel, lookahead), state.rows()
+
+    def run(replayed: EncoderGraphs | None) -> None:
+        encoder.graphs = replayed
+        step()
+        _finish(mel.device)
+
+    def join_and_part() -> None:
+        EncoderState.cat(streams).rows()
+        _finish(mel.device)
+
+    functions: list[Callable[[], object]] = [lambda: run(None), join_and_part]
+    functions += [] if graphs is None else [lambda: run(graphs)]
+    eager, states, *graph = in_turn(functions, len(functions) * seconds)
+    return eager, graph[0] if graph else None, states
+
+
+def _finish(device: torch.device) -> None:
+    """Waits for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def print_graphs(console: Console, rows: Sequence[GraphRow], where: str) -> None:
+    """Prints eager steps beside replayed ones."""
+    table = Table(title=f"one step, ms: median and 10 to 90 %; {where}")
+    heads = ("shape", "streams", "look-ahead", "eager", "", "graph", "", "ratio", "states", "load")
+    for column in heads:
+        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=True)
+    for row in rows:
+        cells = [row.shape, str(row.batch), str(row.lookahead)]
+        for timing in (row.eager, row.graph):
+            if timing is None:
+                cells += ["needs CUDA", ""]
+            else:
+                cells += [f"{timing.median_ms:.2f}", f"{timing.p10_ms:.2f}–{timing.p90_ms:.2f}"]
+        ratio = "" if row.graph is None else f"{row.eager.median_ms / row.graph.median_ms:.1f}"
+        table.add_row(*cells, ratio, f"{row.states.median_ms:.2f}", f"{row.load:.1f}")
+    console.print(table)
+
+
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """Prints the step times."""
     table = Table(title="one step, ms: median and 10 to 90 %")
@@ -291,15 +397,30 @@ def main(
     threads: Annotated[list[int], typer.Option(help="Threads of PyTorch.", default_factory=lambda: [1, 2])],
     seconds: Annotated[float, typer.Option(help="Time for each measurement, in seconds.")] = 5.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    graphs: Annotated[bool, typer.Option(help="Compare with replayed steps, not with NeMo.")] = False,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="With --graphs: where.")] = "cuda",
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="With --graphs: in what.")] = "bfloat16",
 ) -> None:
-    """Compare the step time of this encoder with NeMo's on this machine."""
-    rows, bounds = measure(shape, threads, batch, lookahead, seconds)
+    """Compare the step time of this encoder with NeMo's on this machine, or eager steps with replayed ones."""
     console = Console(width=TABLE_WIDTH, height=TABLE_WIDTH)
+    if graphs:
+        require_device(device)
+        on, in_dtype = torch.device(device), dtype_of(dtype)
+        capture = CudaCapture(on) if on.type == "cuda" else None
+        found = measure_graphs(shape, batch, lookahead, seconds, device=on, dtype=in_dtype, capture=capture)
+        where = torch.cuda.get_device_name(on) if on.type == "cuda" else device
+        print_graphs(console, found, f"{where}, {dtype}, PyTorch {torch.__version__}")
+        _write(json_file, {"device": where, "dtype": dtype, "rows": [asdict(row) for row in found]})
+        return
+    rows, bounds = measure(shape, threads, batch, lookahead, seconds)
     console.print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}")
     print_rows(console, rows)
     print_bounds(console, bounds)
+    _write(json_file, {"rows": [asdict(row) for row in rows], "bounds": [asdict(b) for b in bounds]})
+
+
+def _write(json_file: Path | None, figures: dict[str, Any]) -> None:
     if json_file is not None:
-        figures = {"rows": [asdict(row) for row in rows], "bounds": [asdict(b) for b in bounds]}
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -36,7 +36,8 @@ import typer
 from torch import Tensor
 
 from models.folder import dtype_of, require_device
-from models.llm import Llm, StepShape, load_llm
+from models.graphs import CudaCapture, FixedStep
+from models.llm import Llm, load_llm
 from models.llm_config import LlmConfig, RopeConfig
 from models.translator import EMBEDDED_TRANSLATOR
 
@@ -87,57 +88,25 @@ class Step:
     """
 
     def __init__(self, llm: Llm, memory: Tensor, T: int, *, begin: int, graph: bool) -> None:
-        c, device, B = llm.config, llm.device, memory.shape[2]
-        self._llm, self._memory = llm, memory
-        self._tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
-        self._lengths = torch.full((B,), begin, device=device)
-        self._new = torch.arange(T, device=device)
-        self._slots = torch.arange(memory.shape[4], device=device)
-        self._rows = torch.arange(B, device=device)[:, None]
-        ropes = {c.layer_rope(i) for i in range(c.n_layers)}
-        self._frequencies = {rope: rope.frequencies(c.head_dim).to(device) for rope in ropes}
-        self._windows = {c.window(i) for i in range(c.n_layers)}
-        self._graph = self._captured() if graph else None
+        B, capacity = memory.shape[2], memory.shape[4]
+        self._step = FixedStep(llm, memory, T)
+        self._positions = torch.arange(capacity).repeat(B, 1)  # nothing was evicted: each token stands at its slot
+        self._load(torch.zeros(B, T, dtype=torch.int64), torch.full((B,), begin))  # capturing writes behind them
+
+        def choices() -> Tensor:
+            return llm.logits(self._step.compute()).argmax(-1)
+
+        self._choices = CudaCapture(llm.device)(choices) if graph else choices
 
     @torch.no_grad()
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ``int64[B, T]`` behind ``int64[B]`` tokens of each row; the choices ``int64[B, T]``."""
-        self._tokens.copy_(torch.from_numpy(tokens))
-        self._lengths.copy_(torch.from_numpy(lengths))
-        if self._graph is None:
-            self._choices = self._computed()
-        else:
-            self._graph.replay()
-        choices: np.ndarray = self._choices.cpu().numpy()
+        self._load(torch.from_numpy(tokens), torch.from_numpy(lengths))
+        choices: np.ndarray = self._choices().cpu().numpy()
         return choices
 
-    def _computed(self) -> Tensor:
-        """Nothing in here depends on a value on the host, or gives one to it."""
-        positions = self._lengths[:, None] + self._new
-        rotations = {}
-        for rope, frequency in self._frequencies.items():
-            angle = (positions.float()[:, :, None] * frequency)[:, :, None]
-            rotations[rope] = (angle.cos(), angle.sin())
-        behind = positions[:, :, None] - self._slots  # how far each slot is behind each token
-        masks: dict[int, Tensor | None] = {}
-        for window in self._windows:
-            see = behind >= 0
-            masks[window] = self._llm._folded(see & (behind < window) if window else see)
-        shape = StepShape(rotations, masks, len(self._slots), 0, (self._rows, positions))
-        return self._llm.logits(self._llm._run(self._tokens, self._memory, shape)).argmax(-1)
-
-    @torch.no_grad()
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries make their workspaces at the first calls
-            for _ in range(_WARM_UP):
-                self._computed()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._choices = self._computed()
-        return graph
+    def _load(self, tokens: Tensor, lengths: Tensor) -> None:
+        self._step.load(tokens, lengths, lengths, self._positions)
 
 
 @dataclass(frozen=True)

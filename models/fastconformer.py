@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,18 @@ SHORT_STEP_FRAMES = 16
 LONG_STEP_FRAMES = 128
 
 
+class Caches(NamedTuple):
+    """What a state holds on the device; layouts as in :class:`EncoderState`."""
+
+    subsampling: tuple[Tensor, Tensor, Tensor]
+    attention: Tensor
+    conv: Tensor
+
+    def first(self, rows: int) -> tuple[Tensor, ...]:
+        """Views of the first rows, tensor by tensor."""
+        return *(cache[:rows] for cache in self.subsampling), self.attention[:, :, :rows], self.conv[:, :rows]
+
+
 @dataclass
 class EncoderState:
     """The past of a batch of streams; a value that :meth:`FastConformer.step` takes and returns.
@@ -60,6 +72,11 @@ class EncoderState:
     subsampling: tuple[Tensor, Tensor, Tensor]
     attention: Tensor
     conv: Tensor
+
+    @property
+    def caches(self) -> Caches:
+        """What is on the device."""
+        return Caches(self.subsampling, self.attention, self.conv)
 
     @staticmethod
     def cat(states: list[EncoderState]) -> EncoderState:
@@ -114,9 +131,9 @@ class Positions(NamedTuple):
 
 
 class StepShape(NamedTuple):
-    """What the rows of one step bring, on the host once and on the device for all layers."""
+    """What the rows of one step bring: made once, on the device for all layers. A mask that hides nothing is None."""
 
-    frames: Tensor  # int64[B] on the host: new frames of each row
+    frames: Tensor  # int64[B], new frames of each row; on the host, or where `FastConformer.masked` was given lengths
     subsampling_masks: tuple[Tensor | None, ...]  # [B, 1, slots, 1] per stage input and for the last output
     visible: Tensor | None  # [B, 1, T, keys], False where a key is invisible
     bias: Tensor | None  # [B, 1, T, keys], added to the scores
@@ -133,6 +150,15 @@ class _Past(NamedTuple):
     conv_out: Tensor  # [B, kernel-1 + T, D]
 
 
+class Replayed(Protocol):
+    """What may run steps in the place of :meth:`FastConformer.step`; see :mod:`models.graphs`."""
+
+    def step(
+        self, mel: Tensor, state: EncoderState, slots: Tensor, chunk_frames: Tensor
+    ) -> tuple[Tensor, EncoderState] | None:
+        """Arguments and result are those of :meth:`FastConformer.step`; None if it does not run steps so large."""
+
+
 class FastConformer(nn.Module):
     """The encoder. Parameters carry NeMo's names below ``encoder.``.
 
@@ -140,6 +166,9 @@ class FastConformer(nn.Module):
         config: Shape of the encoder.
         mel_bins: Width of the input features.
         dropout: Probability in training; nothing is dropped in evaluation mode.
+
+    Attributes:
+        graphs: Runs the steps of streams that it can run; None for none.
     """
 
     def __init__(self, config: EncoderConfig, mel_bins: int, *, dropout: float = 0.0) -> None:
@@ -149,6 +178,7 @@ class FastConformer(nn.Module):
         self.dropout = dropout
         self.pre_encode = _Subsampling(mel_bins, config.subsampling_conv_channels, config.d_model)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
+        self.graphs: Replayed | None = None
         self._weights: list[LayerWeights] | None = None
         self._positions: dict[tuple[int, int], list[Positions]] = {}
         self._kept_positions: list[Positions] = []
@@ -200,33 +230,17 @@ class FastConformer(nn.Module):
             Encoder frames ``[B, T, d_model]`` (rows are zero beyond their own frames only where a mask was
             needed; read ``ceil(slots / 8)`` of them) and the state after them (None if ``state`` is None).
         """
+        if self.graphs is not None and state is not None:
+            replayed = self.graphs.step(mel, state, slots, chunk_frames)
+            if replayed is not None:
+                return replayed
         cached = 0 if state is None else self.config.left_context_frames
         seen = torch.zeros_like(slots) if state is None else state.frames
         shape = self.shape(mel, seen, slots)
         visible = self._visible(mel.shape[1] // SUBSAMPLING_FACTOR, cached, seen, shape.frames, chunk_frames)
         shape = shape._replace(visible=None if visible is None else visible.to(mel.device))
-        weights = self.weights()
-        x, subsampling = self.subsample(mel, None if state is None else state.subsampling, shape)
-        B, T, D = x.shape
-        # The layers see one list of frames, [B * T, D]: only attention and convolution ask which row each is of.
-        x = x.reshape(B * T, D)
-        positions = self.positions(weights, cached + T - 1, cached + 2 * T - 1)
-        if state is None:
-            for w, p in zip(weights, positions, strict=True):
-                x = self.layer(x, w, p, None, shape)
-            return x.view(B, T, D), None
-        # The caches grow by T into fresh memory; the state after the step is a view of their newest part.
-        attention, conv = _grown(state.attention, 4, T), _grown(state.conv, 2, T)
-        caches = (cache.unbind() for cache in (state.attention, state.conv, attention, conv))
-        for w, p, *past in zip(weights, positions, *caches, strict=True):
-            x = self.layer(x, w, p, _Past(*past), shape)
-        after = EncoderState(
-            frames=seen + shape.frames,
-            subsampling=subsampling,
-            attention=_newest(attention, cached, 4, shape.newest, row_dim=2),
-            conv=_newest(conv, self.config.conv_kernel_size - 1, 2, shape.newest, row_dim=1),
-        )
-        return x.view(B, T, D), after
+        x, after = self.run(mel, None if state is None else state.caches, shape)
+        return x, None if after is None else EncoderState(seen + shape.frames, *after)
 
     def _conformer_layers(self) -> Iterator[_Layer]:
         for layer in self.layers:
@@ -236,44 +250,69 @@ class FastConformer(nn.Module):
     # ---------------------------------------------------------------------------------------------- one step
 
     def shape(self, mel: Tensor, seen: Tensor, slots: Tensor) -> StepShape:
-        """Lengths and masks of a step, attention's aside; a mask that would hide nothing is None."""
-        B, S, _ = mel.shape
+        """Lengths and masks of a step, attention's aside; ``seen`` and ``slots`` are on the host."""
+        S = mel.shape[1]
         T = S // SUBSAMPLING_FACTOR
-        frames = -(-slots // SUBSAMPLING_FACTOR)
+        frames = _halved(slots, STAGES)
         uniform = bool((frames == T).all())
-        masks: list[Tensor | None] = []
+        masks: tuple[Tensor | None, ...] = (None,) * (STAGES + 1)
         if bool((seen == 0).any()) or bool((slots != S).any()):
-            lead, real, width = LEADING_SLOTS, slots, S
-            for _ in range(STAGES + 1):
-                slot = torch.arange(width)
-                begin = torch.where(seen == 0, lead, 0)
-                mask = (slot >= begin[:, None]) & (slot < real[:, None])
-                masks.append(mask[:, None, :, None].to(mel.device))
-                # Slots [-lead, …] halve with their zero kept in place; see the module's text.
-                lead, real, width = lead // 2, -(-real // 2), width // 2
-        conv_mask = None
-        if not uniform:
-            conv_mask = (torch.arange(T) < frames[:, None])[:, :, None].to(mel.device)
+            masks = tuple(mask.to(mel.device) for mask in _subsampling_masks(S, seen, slots))
         return StepShape(
             frames=frames,
-            subsampling_masks=tuple(masks) or (None,) * (STAGES + 1),
+            subsampling_masks=masks,
             visible=None,
             bias=None,
-            conv_mask=conv_mask,
+            conv_mask=None if uniform else _real_frames(T, frames).to(mel.device),
             newest=None if uniform else frames[:, None].to(mel.device),
         )
 
+    def masked(self, T: int, seen: Tensor, slots: Tensor, chunk_frames: Tensor) -> StepShape:
+        """The shape of a step of ``T`` frames from full caches, every mask of it there.
+
+        ``int64[B]`` each, as in :meth:`step`. They may be on any device, where the masks are made without asking for a
+        value. A row without slots stays as it was.
+        """
+        frames, cached = _halved(slots, STAGES), self.config.left_context_frames
+        return StepShape(
+            frames=frames,
+            subsampling_masks=tuple(_subsampling_masks(T * SUBSAMPLING_FACTOR, seen, slots)),
+            visible=_visible_keys(T, cached, cached, seen, frames, chunk_frames),
+            bias=None,
+            conv_mask=_real_frames(T, frames),
+            newest=frames[:, None],
+        )
+
     def _visible(self, T: int, cached: int, seen: Tensor, frames: Tensor, chunk_frames: Tensor) -> Tensor | None:
-        """``bool[B, 1, T, cached + T]``: which key each new frame sees; None if every one of them."""
-        left = self.config.left_context_frames
+        """:func:`_visible_keys` on the host; None if every frame sees every key."""
         if bool((chunk_frames >= T).all() & (frames == T).all() & (seen >= cached).all()):
             return None
-        query, key = torch.arange(T)[None, :, None], torch.arange(-cached, T)[None, None, :]
-        chunk = chunk_frames[:, None, None]
-        start = query // chunk * chunk
-        end = torch.minimum(start + chunk, frames[:, None, None])
-        oldest = torch.maximum(start - left, -seen.clamp(max=cached)[:, None, None])
-        return ((key >= oldest) & (key < end))[:, None]
+        return _visible_keys(T, cached, self.config.left_context_frames, seen, frames, chunk_frames)
+
+    def run(self, mel: Tensor, past: Caches | None, shape: StepShape) -> tuple[Tensor, Caches | None]:
+        """What :meth:`step` computes on the device, from lengths and masks to encoder frames and the new caches."""
+        weights = self.weights()
+        x, subsampling = self.subsample(mel, None if past is None else past.subsampling, shape)
+        B, T, D = x.shape
+        # The layers see one list of frames, [B * T, D]: only attention and convolution ask which row each is of.
+        x = x.reshape(B * T, D)
+        cached = 0 if past is None else self.config.left_context_frames
+        positions = self.positions(weights, cached + T - 1, cached + 2 * T - 1)
+        if past is None:
+            for w, p in zip(weights, positions, strict=True):
+                x = self.layer(x, w, p, None, shape)
+            return x.view(B, T, D), None
+        # The caches grow by T into fresh memory; the caches after the step are views of their newest part.
+        attention, conv = _grown(past.attention, 4, T), _grown(past.conv, 2, T)
+        layers = (cache.unbind() for cache in (past.attention, past.conv, attention, conv))
+        for w, p, *caches in zip(weights, positions, *layers, strict=True):
+            x = self.layer(x, w, p, _Past(*caches), shape)
+        after = Caches(
+            subsampling=subsampling,
+            attention=_newest(attention, cached, 4, shape.newest, row_dim=2),
+            conv=_newest(conv, self.config.conv_kernel_size - 1, 2, shape.newest, row_dim=1),
+        )
+        return x.view(B, T, D), after
 
     def weights(self) -> list[LayerWeights]:
         """Every layer's weights as the step reads them."""
@@ -440,6 +479,38 @@ def sinusoidal_positions(first: int, last: int, width: int) -> Tensor:
     table[:, 0::2] = torch.sin(position * frequency)
     table[:, 1::2] = torch.cos(position * frequency)
     return table
+
+
+def _halved(slots: Tensor, times: int) -> Tensor:
+    """Slots after so many stages; half a slot counts as one."""
+    return -(-slots // (1 << times))
+
+
+def _subsampling_masks(width: int, seen: Tensor, slots: Tensor) -> list[Tensor]:
+    """Which of ``width`` slots are real, for each stage's input and the last output: ``bool[B, 1, slots, 1]``."""
+    masks, begins = [], (seen == 0).long()
+    for stage in range(STAGES + 1):
+        slot = torch.arange(width >> stage, device=slots.device)
+        # Slots [-lead, …] halve with their zero kept in place; see the module's text.
+        begin, end = begins * (LEADING_SLOTS >> stage), _halved(slots, stage)
+        masks.append(((slot >= begin[:, None]) & (slot < end[:, None]))[:, None, :, None])
+    return masks
+
+
+def _visible_keys(T: int, cached: int, left: int, seen: Tensor, frames: Tensor, chunk_frames: Tensor) -> Tensor:
+    """``bool[B, 1, T, cached + T]``: which key each new frame sees."""
+    query = torch.arange(T, device=seen.device)[None, :, None]
+    key = torch.arange(-cached, T, device=seen.device)[None, None, :]
+    chunk = chunk_frames[:, None, None]
+    start = query // chunk * chunk
+    end = torch.minimum(start + chunk, frames[:, None, None])
+    oldest = torch.maximum(start - left, -seen.clamp(max=cached)[:, None, None])
+    return ((key >= oldest) & (key < end))[:, None]
+
+
+def _real_frames(T: int, frames: Tensor) -> Tensor:
+    """``bool[B, T, 1]``: which frames of each row are real."""
+    return (torch.arange(T, device=frames.device) < frames[:, None])[:, :, None]
 
 
 def _norm(x: Tensor, w: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,10 +13,11 @@ Sources: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762); the par
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -73,11 +74,21 @@ class StepShape(NamedTuple):
     slots: tuple[Tensor, Tensor] | None  # else rows int64[B, 1] and slots int64[B, T], on the device
 
 
+class Replayed(Protocol):
+    """What may run steps in the place of :meth:`Llm.hidden`; see :mod:`models.graphs`."""
+
+    def hidden(self, tokens: Tensor, cache: KvCache) -> Tensor | None:
+        """Reads tokens behind a cache that has room for them; None if it does not run steps so large."""
+
+
 class Llm(nn.Module):
     """The model. Its state dict has the names of Transformers' ``…ForCausalLM``.
 
     Args:
         config: Its shape.
+
+    Attributes:
+        graphs: Runs the steps with a cache that it can run, trees of drafts aside; None for none.
     """
 
     def __init__(self, config: LlmConfig) -> None:
@@ -85,6 +96,7 @@ class Llm(nn.Module):
         self.config = config
         self.model = _Trunk(config)
         self.lm_head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.graphs: Replayed | None = None
         self._frozen: tuple[list[LayerWeights], Linear] | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -211,14 +223,16 @@ class Llm(nn.Module):
         if cache is None:
             none = torch.zeros_like(counts)
             shape = self._shape(none, _positions(none, T, positions), None, padded, visible)
-            return self._run(tokens, None, shape), None
-        cache = cache.with_room(T)
+            return self.run(tokens, None, shape), None
+        cache, is_tree = cache.with_room(T), positions is not None or visible is not None
         positions = _positions(cache.next_positions, T, positions)
         slots = cache.lengths[:, None] + torch.arange(T)
         cache.positions[torch.arange(len(counts))[:, None], slots] = positions
-        shape = self._shape(cache.lengths, positions, cache.positions, padded, visible)
-        with torch.no_grad():
-            x = self._run(tokens, cache.memory, shape)
+        x = None if self.graphs is None or is_tree else self.graphs.hidden(tokens, cache)
+        if x is None:
+            shape = self._shape(cache.lengths, positions, cache.positions, padded, visible)
+            with torch.no_grad():
+                x = self.run(tokens, cache.memory, shape)
         newest = positions.masked_fill(padded, -1).amax(1) + 1
         next_positions = torch.where(counts > 0, newest, cache.next_positions)
         return x, KvCache(cache.memory, cache.positions, cache.lengths + counts, next_positions)
@@ -257,7 +271,7 @@ class Llm(nn.Module):
             if (hides := 0 < window <= int(positions.max())) or not unmasked:
                 see = _visible(past, keys, padded, visible)
                 near = positions[:, :, None] - key_positions[:, None, :] < window
-                masks[window] = self._folded(see & near if hides else see)
+                masks[window] = self.folded(see & near if hides else see)
             else:
                 masks[window] = None
         slots = None
@@ -268,7 +282,7 @@ class Llm(nn.Module):
             )
         return StepShape(rotations, masks, keys, int(past[0]), slots)
 
-    def _folded(self, see: Tensor) -> Tensor:
+    def folded(self, see: Tensor) -> Tensor:
         """``bool[B, T, keys]`` repeated for the query heads of a group, which attend as if they were more tokens."""
         B, T, K = see.shape
         group = self.config.n_heads // self.config.n_kv_heads
@@ -276,14 +290,13 @@ class Llm(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ the layers
 
-    def _run(self, tokens: Tensor, memory: Tensor | None, shape: StepShape) -> Tensor:
+    def run(self, tokens: Tensor, memory: Tensor | None, shape: StepShape) -> Tensor:
         """Embedding, layers and last norm; the new keys and values are written to the memory."""
         layers = self._frozen[0] if self._frozen else [layer.weights(frozen=False) for layer in self._layers()]
         B, T = tokens.shape
         x = self.model.embed_tokens(tokens).view(B * T, -1)
         if self.config.embedding_scale != 1.0:
-            # In the weights' precision, as Gemma was trained.
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
+            x = x * _rounded(self.config.embedding_scale, x.dtype)
         for i, w in enumerate(layers):
             x = self._layer(x.view(B * T, -1), w, None if memory is None else memory[i], shape, B)
         return self._norm(x, self.model.norm.scale()).view(B, T, -1)
@@ -360,6 +373,12 @@ class Llm(nn.Module):
 
     def _output_matrix(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+
+@functools.cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """A scale in the weights' precision, as Gemma was trained."""
+    return torch.tensor(scale, dtype=dtype).item()
 
 
 def _positions(first: Tensor, T: int, positions: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.config import FRAME_MS, ModelConfig
 from models.fastconformer import FastConformer
 from models.folder import require_fit
+from models.graphs import CudaCapture, EncoderGraphs
 from models.rnnt import CtcHead, Transducer
 from streaming.errors import DragomanError
 
@@ -52,6 +53,8 @@ class RecognizerNet(nn.Module):
 class Recognizer:
     """A frozen network with its tokenizer; immutable, and shared by every session.
 
+    On a GPU, the steps of an encoder that looks ahead in chunks are replayed as graphs (:mod:`models.graphs`).
+
     Args:
         net: The weights, already loaded, on their device and in their dtype.
         tokenizer: A SentencePiece model, serialised.
@@ -64,6 +67,8 @@ class Recognizer:
         self.config = net.config
         self.net = net.eval().requires_grad_(False)
         self.net.encoder.freeze()
+        if self.device.type == "cuda" and not self.adaptive:
+            self.net.encoder.graphs = EncoderGraphs(self.net.encoder, CudaCapture(self.device))
         try:
             self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
         except Exception as error:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.folder import CONFIG, read_object, required_file, write_model
+from models.graphs import CudaCapture, LlmGraphs
 from models.llm import Llm, load_llm
 from models.llm_config import LlmConfig
 from models.tokenizer import SENTENCEPIECE, ChatTemplate, SentencePieceTokenizer, Tokenizer, decode, load_tokenizer
@@ -236,6 +237,8 @@ class AnyTranslator:
 class Translator(AnyTranslator):
     """A frozen language model that interprets; immutable, and shared by every session.
 
+    On a GPU, its steps are replayed as graphs (:mod:`models.graphs`).
+
     Args:
         llm: The weights, frozen, on their device and in their dtype.
         tokenizer: As in :class:`AnyTranslator`.
@@ -258,6 +261,8 @@ class Translator(AnyTranslator):
     def __init__(self, llm: Llm, tokenizer: Tokenizer, config: TranslationConfig, *, name: str | None = None) -> None:
         super().__init__(tokenizer, config, name or llm.config.name)
         self.llm = llm
+        if llm.device.type == "cuda" and llm.graphs is None:
+            llm.graphs = LlmGraphs(llm, CudaCapture(llm.device))
         vocab_size = llm.config.vocab_size
         if tokenizer.size > vocab_size:
             raise DragomanError(
