@@ -16,10 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
+import torch
+
+from models.graphs import ROW_BUCKETS
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming.audio import AudioFormat
@@ -42,15 +45,37 @@ _MAX_WAITING_MESSAGES: Final = 1_000
 _MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
 _MAX_MESSAGES: Final = 64  # messages of a session that one step takes in
 _MAX_PIECE_S: Final = 1  # audio of a message that is taken in at once
-_MAX_ROWS: Final = 32  # sessions that one step advances
-_MAX_CHUNKS: Final = 16  # chunks of all sessions in one step, where nobody speaks
-_MAX_UPLOADS: Final = 4  # sessions beside those in which somebody speaks that one step advances, by a chunk each
 _UPLOAD_S: Final = 2.0  # by how much audio is ahead of the clock that cannot be spoken
 _PAUSE_S: Final = 2.0  # without a message, after which nobody speaks
-_MAX_AHEAD: Final = 4  # sessions that are translated ahead together
 _LATE_S: Final = 5.0  # how long a session may lag by more than it should
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineBounds:
+    """How much one step takes.
+
+    A CPU's time for a step grows with its rows, so its bounds keep a step short. A GPU takes as many rows as its graphs
+    have at most, eight times a CPU's, and the bounds of sessions that can wait grow as much; none of that is measured.
+    Its chunks stay: several of a session at once make a longer step, for which there is no graph.
+
+    Attributes:
+        rows: Sessions that one step advances.
+        chunks: Chunks of all sessions in one step, where nobody speaks.
+        uploads: Sessions beside those in which somebody speaks that one step advances, by a chunk each.
+        ahead: Sessions that are translated ahead together.
+    """
+
+    rows: int = 32
+    chunks: int = 16
+    uploads: int = 4
+    ahead: int = 4
+
+    @classmethod
+    def of(cls, device: torch.device) -> Self:
+        """Those of a kind of device."""
+        return cls(rows=ROW_BUCKETS[-1], uploads=32, ahead=32) if device.type == "cuda" else cls()
 
 
 class _Arrival(NamedTuple):
@@ -226,6 +251,7 @@ class Engine:
         ticked: Told of each step: how many sessions it advanced, and the seconds that it took.
         ahead: Whether to translate what has not been told yet while there is nothing else to do.
         max_lag_s: Seconds that a session may be behind before the newest that lags is ended; None for no limit.
+        bounds: Of a step; None for those of the recogniser's device.
     """
 
     def __init__(
@@ -239,8 +265,10 @@ class Engine:
         ticked: Callable[[int, float], object],
         ahead: bool = False,
         max_lag_s: float | None = None,
+        bounds: EngineBounds | None = None,
     ) -> None:
         self._recognizer = recognizer
+        self.bounds = EngineBounds.of(recognizer.device) if bounds is None else bounds
         self._translator = translator
         self._speculation = speculation
         self._describe = describe
@@ -334,11 +362,12 @@ class Engine:
         uploads, live = list[Stream](), list[Stream]()
         for stream in streams:
             (uploads if stream.is_upload(now_s) else live).append(stream)
-        rows = self._ready(live, _MAX_ROWS)
+        bounds = self.bounds
+        rows = self._ready(live, bounds.rows)
         if any(stream.speaks(now_s) for stream in live):
-            return rows + self._ready(uploads, min(_MAX_UPLOADS, _MAX_ROWS - len(rows))), 1
-        rows += self._ready(uploads, _MAX_ROWS - len(rows))
-        return rows, max(1, _MAX_CHUNKS // max(1, len(rows)))
+            return rows + self._ready(uploads, min(bounds.uploads, bounds.rows - len(rows))), 1
+        rows += self._ready(uploads, bounds.rows - len(rows))
+        return rows, max(1, bounds.chunks // max(1, len(rows)))
 
     def _ready(self, streams: Sequence[Stream], most: int) -> list[Stream]:
         """At most so many sessions that a step would advance, when they have taken in what has come for them."""
@@ -377,7 +406,7 @@ class Engine:
     def _translate_ahead(self, streams: Sequence[Stream]) -> bool:
         """One forward for a few sessions, so short that what comes meanwhile hardly waits; False if none is needed."""
         expecting = [s for s in streams if not s.over and s.session is not None and s.session.expects]
-        return self._together(expecting[:_MAX_AHEAD], _ahead)
+        return self._together(expecting[: self.bounds.ahead], _ahead)
 
     def _feed(self, stream: Stream) -> None:
         """Hand over messages until the session can make a step, or has taken in enough at once."""

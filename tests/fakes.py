@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 import server
 from models.recognizer import Recognizer
@@ -32,6 +33,7 @@ class FakeRecognizer:
 
     name = "fake"
     adaptive = False
+    device = torch.device("cpu")
 
 
 class FakeTranslator:

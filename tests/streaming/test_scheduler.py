@@ -3,16 +3,18 @@ from typing import Any, Final, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.graphs import ROW_BUCKETS
 from models.recognizer import Recognizer
 from models.translator import Translator
 from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.events import ErrorEvent, Event, SessionClosed, SessionUpdated, TranscriptDelta, TranslationDelta
 from streaming.messages import ClientMessage, CloseCode, Command, LookaheadChange
-from streaming.scheduler import Engine, Stream
+from streaming.scheduler import Engine, EngineBounds, Stream
 from streaming.session import Session, SessionConfig
 from tests import tiny
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, pcm, tone
@@ -24,6 +26,7 @@ def engine(
     *,
     slots: int = 64,
     ticked: Callable[[int, float], object] = lambda rows, duration_s: None,
+    bounds: EngineBounds | None = None,
 ) -> Engine:
     """An engine that has not been started: a test makes its steps."""
     return Engine(
@@ -33,6 +36,7 @@ def engine(
         slots=slots,
         describe=lambda config: {"max_lookahead_ms": config.max_lookahead_ms},
         ticked=ticked,
+        bounds=bounds,
     )
 
 
@@ -162,13 +166,13 @@ def test_a_burst_of_uploads_never_keeps_a_live_session_waiting(monkeypatch: pyte
             stream.put(pcm([0.2]))
         worker.step()
         assert [words(stream) for stream in live] == [" w20" * count] * 3
-    assert max(rows) <= 3 + scheduler._MAX_UPLOADS
+    assert max(rows) <= 3 + worker.bounds.uploads
     heard = [words(upload).count("w50") for upload in uploads]
-    assert sum(heard) == 25 * scheduler._MAX_UPLOADS and max(heard) - min(heard) <= 1
+    assert sum(heard) == 25 * worker.bounds.uploads and max(heard) - min(heard) <= 1
     clock_s += scheduler._PAUSE_S  # nobody speaks: the uploads have the engine for themselves
     rows.clear()
     worker.step()
-    assert rows == [scheduler._MAX_ROWS]
+    assert rows == [worker.bounds.rows]
     run(worker)
     assert all(words(upload) == " w50" * 50 for upload in uploads)
 
@@ -184,6 +188,19 @@ def test_more_live_sessions_than_a_step_takes_have_their_turns() -> None:
     assert all(words(stream).startswith(" w20") for stream in streams)
     run(worker)
     assert all(words(stream) == " w20 w30" for stream in streams)
+
+
+@pytest.mark.usefixtures("fake_sessions")
+def test_a_gpu_takes_as_many_sessions_into_a_step_as_its_graphs_have_rows() -> None:
+    assert EngineBounds.of(torch.device("cpu")) == engine().bounds == EngineBounds(rows=32)
+    bounds, rows = EngineBounds.of(torch.device("cuda", 1)), list[int]()
+    assert bounds.rows == ROW_BUCKETS[-1] == 256
+    worker = engine(slots=300, ticked=lambda count, duration_s: rows.append(count), bounds=bounds)
+    for _ in range(300):
+        begun(worker).put(pcm([0.2]))
+    worker.step()
+    worker.step()
+    assert rows == [256, 44]
 
 
 @pytest.mark.usefixtures("fake_sessions")
@@ -230,7 +247,7 @@ def test_an_upload_takes_several_chunks_where_nobody_speaks(monkeypatch: pytest.
     if speaks:
         begun(worker).put(b"\0\0")
     worker.step()
-    assert chunks == [1 if speaks else scheduler._MAX_CHUNKS // 3]
+    assert chunks == [1 if speaks else worker.bounds.chunks // 3]
 
 
 def test_flushes_and_ends_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
