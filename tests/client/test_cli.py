@@ -228,6 +228,29 @@ def test_the_limits_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 2
 
 
+def test_device_and_dtype_reach_both_models(monkeypatch: pytest.MonkeyPatch, wav: Callable[..., str]) -> None:
+    asked: list[tuple[str, object, object]] = []
+
+    def loading(what: str, model: object) -> Callable[..., object]:
+        def load(path: Path | None = None, *, device: str = "", dtype: str = "", **_: object) -> object:
+            asked.append((what, device, dtype))
+            return model
+
+        return load
+
+    async def serve(*_: object, **__: object) -> None:
+        return
+
+    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setattr(models.checkpoint, "load_recognizer", loading("recogniser", FakeRecognizer()))
+    monkeypatch.setattr(models.translator, "load_translator", loading("translator", FakeTranslator()))
+    options = ["--translator", "fake", "--no-speculation", "--device", "cuda:1", "--dtype", "bfloat16"]
+    for command in (["serve"], ["transcribe", wav("a.wav", 0.2), "--to", "es"]):
+        asked.clear()
+        assert runner.invoke(app, [*command, *options]).exit_code == 0
+        assert sorted(asked) == [("recogniser", "cuda:1", "bfloat16"), ("translator", "cuda:1", "bfloat16")]
+
+
 def test_help_is_quick_and_names_units() -> None:
     started_s = time.monotonic()
     helped = subprocess.run(

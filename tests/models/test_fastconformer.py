@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.fastconformer import EncoderState, FastConformer
+from models.fastconformer import EncoderState, FastConformer, _norm
 from tests import tiny
 
 LOOKAHEADS = [0, 1, 3, 6]
@@ -182,3 +182,23 @@ def test_bf16_stays_close_to_fp32() -> None:
     assert half.dtype == torch.bfloat16
     error = (half.float() - full).abs().mean() / full.abs().mean()
     assert error < 0.05
+
+
+def test_rows_in_bf16_change_each_other_less_than_rounding_does() -> None:
+    net, mel = encoder(dtype=torch.bfloat16), random_mel(8 * 28, 4).bfloat16().view(4, 56, 80)
+    chunk, slots = torch.tensor([1, 2, 4, 7]), torch.full((4,), 56)
+    together, state = net.step(mel, net.init_state(4), slots=slots, chunk_frames=chunk)
+    assert state is not None and {state.attention.dtype, state.conv.dtype, together.dtype} == {torch.bfloat16}
+    for row in range(4):
+        at = slice(row, row + 1)
+        alone, _ = net.step(mel[at], net.init_state(1), slots=slots[at], chunk_frames=chunk[at])
+        exact, _ = encoder().step(mel[at].float(), encoder().init_state(1), slots=slots[at], chunk_frames=chunk[at])
+        rounding = (alone.float() - exact).abs().mean()
+        assert (together[at].float() - alone.float()).abs().mean() < rounding < 0.05 * exact.abs().mean()
+
+
+def test_norms_in_bf16_are_computed_in_float32() -> None:
+    x = 100.0 + torch.randn(5, 512, generator=torch.Generator().manual_seed(0))
+    x, w = x.bfloat16(), (torch.ones(512).bfloat16(), torch.zeros(512).bfloat16())
+    exact = _norm(x.float(), (w[0].float(), w[1].float()))
+    torch.testing.assert_close(_norm(x, w).float(), exact.bfloat16().float(), atol=0.02, rtol=0.01)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.recognizer import Recognizer
+from models.tokenizer import SentencePieceTokenizer
+from models.translator import OWN_ENDPOINT, TranslationConfig, Translator
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
 from streaming.session import Session, SessionConfig, tick
 from tests import tiny
 
@@ -266,3 +271,59 @@ def test_what_a_session_keeps_does_not_grow() -> None:
         session.push(audio(16_000, second))
         sizes.append(len(session._recent) + session._encoder.groups.numel() + len(session._features.pending))
     assert max(sizes[10:]) <= max(sizes[:10]) * 1.05
+
+
+# ------------------------------------------------------------------------------------------------------------- in bf16
+
+
+@cache
+def in_bf16(gates: int) -> tuple[Recognizer, Translator]:
+    tokenizer = SentencePieceTokenizer(tiny.translation_tokenizer())
+    return (
+        Recognizer(tiny.net(tiny.config(gates=gates)).bfloat16(), tiny.tokenizer()),
+        Translator(tiny.translation_llm().bfloat16().freeze(), tokenizer, TranslationConfig(endpoint=OWN_ENDPOINT)),
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 30),
+    gates=st.sampled_from([0, 3]),
+    decoder=st.sampled_from(["rnnt", "ctc"]),
+    cuts=st.lists(st.integers(0, 60_000), max_size=4),
+)
+def test_a_session_in_bf16_is_the_same_for_any_chunking(seed: int, gates: int, decoder: str, cuts: list[int]) -> None:
+    """From the first sample to the last translation, its state in bf16 all the time."""
+    models, pcm = in_bf16(gates), audio(30_000, seed)
+    settings_ = replace(config(decoder=decoder, kind="gates"), languages=("es", "de"))
+    found = []
+    for ends in (sorted(cuts), []):
+        session, events, start = Session(models[0], settings_, models[1]), list[Event](), 0
+        for end in [*ends, len(pcm.tobytes())]:
+            events += session.push(pcm.tobytes()[start:end])
+            start = end
+            state, predictor = session._encoder.state, session._decoder.predictor
+            assert {state.attention.dtype, state.conv.dtype, state.subsampling[0].dtype} == {torch.bfloat16}
+            assert predictor is None or predictor.cell.dtype == torch.bfloat16
+        found.append(events + session.finish())
+    assert found[0] == found[1] and isinstance(found[0][-1], SessionClosed)
+    words = [word for event in found[0] if isinstance(event, TranscriptDelta) for word in event.words]
+    assert all(0 < word.confidence <= 1 for word in words)
+
+
+def test_sessions_in_bf16_share_ticks() -> None:
+    """What rounds otherwise in company may change a word, and ends no session."""
+    recognizer, translator = in_bf16(0)
+    sessions = [
+        Session(recognizer, replace(config(lookahead_ms), languages=("es",)), translator)
+        for lookahead_ms in (0, 80, 240, 480)
+    ]
+    for i, session in enumerate(sessions):
+        session.write(audio(20_000 + 5_000 * i, i).tobytes())
+        session.close_input()
+    while busy := [session for session in sessions if session.ready()]:
+        tick(busy)
+    for session in sessions:
+        events = session.take_events()
+        assert isinstance(events[-1], SessionClosed) and text(events)
+        assert any(isinstance(event, TranslationDelta) for event in events)
