@@ -511,7 +511,7 @@ def live(
             source = _open_source(file, encoding, rate, channels)
         except DragomanError as error:
             raise DragomanError(error.code, f"{file}: {error}") from None
-        asyncio.run(
+        is_whole = asyncio.run(
             stream(
                 source,
                 url,
@@ -527,6 +527,8 @@ def live(
                 lookahead=lookahead,
             )
         )
+        if not is_whole:
+            raise typer.Exit(2)
 
 
 @app.command()
@@ -595,7 +597,7 @@ def mic(
                 complain("loading the models")
                 service = _own_service(model, model_device, dtype, translating, languages, latency)
             complain(f"listening to {chosen.name}, until Ctrl-C")
-            asyncio.run(
+            is_whole = asyncio.run(
                 listen(
                     microphone,
                     view,
@@ -612,7 +614,7 @@ def mic(
         problems = [*microphone.problems(), *(recording.problems() if recording else [])]
     for problem in problems:
         complain(problem)
-    if problems:
+    if problems or not is_whole:
         raise typer.Exit(2)
 
 

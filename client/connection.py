@@ -215,7 +215,7 @@ class LiveSession:
                     raise StopAsyncIteration from None
                 raise self._lost() from None
         if isinstance(event, ErrorEvent):
-            raise _reported(event)
+            raise reported(event)
         return event
 
     async def _receive(self) -> Event:
@@ -236,7 +236,7 @@ class LiveSession:
             if event.seq > self._seq:
                 break
         self._seq = event.seq
-        self._error = _reported(event) if isinstance(event, ErrorEvent) else None
+        self._error = reported(event) if isinstance(event, ErrorEvent) else None
         self._over |= isinstance(event, SessionClosed)
         return event
 
@@ -317,7 +317,7 @@ class LiveSession:
             await connection.send(json.dumps({"type": "session.resume", "token": token, "seq": self._seq}))
             event = _parsed(await connection.recv())
             if isinstance(event, ErrorEvent):
-                raise _reported(event)
+                raise reported(event)
             if not isinstance(event, SessionResumed) or event.messages < self._kept_from:
                 raise ServiceError("resume_impossible", "what the service has not got is not kept any more")
             return connection, event.messages
@@ -426,7 +426,8 @@ def _declaration(audio: AudioFormat, settings: SessionSettings) -> str:
     return json.dumps({"type": "session.update", "session": session})
 
 
-def _reported(event: ErrorEvent) -> ServiceError:
+def reported(event: ErrorEvent) -> ServiceError:
+    """What the service has told, in a sentence."""
     return ServiceError(event.code, f"the service reports: {event.message}", event)
 
 
@@ -457,7 +458,8 @@ async def exchange(session: LiveSession, speak: Coroutine[Any, Any, None], hear:
         hear: Takes each event as it comes; errors that the service tells, too.
 
     Raises:
-        ServiceError: The first error that the service told, when all else has been heard; or the end of the connection.
+        ServiceError: The first error that the service told, when all else has been heard; or the end of the connection,
+            whatever was told before.
         Exception: What `speak` or `hear` raised.
     """
     sender = asyncio.create_task(_speak(speak))
@@ -487,7 +489,7 @@ async def _hear(session: LiveSession, hear: Callable[[Event], object]) -> None:
             break
         except ServiceError as error:
             if error.event is None:
-                raise first or error from None
+                raise
             hear(error.event)
             first = first or error
     if first is not None:

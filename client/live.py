@@ -13,13 +13,13 @@ from typing import Final, Generic, TypeVar, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from client.connection import LiveSession, SessionSettings, connect, exchange
+from client.connection import LiveSession, ServiceError, SessionSettings, connect, exchange, reported
 from client.files import AudioSource
 from client.output import Writer
 from client.progress import Display
 from streaming.audio import SAMPLE_RATE_HZ, AudioNormalizer
 from streaming.errors import DragomanError
-from streaming.events import Event, SessionClosed, TranscriptDelta, TranslationDelta
+from streaming.events import ErrorEvent, Event, SessionClosed, TranscriptDelta, TranslationDelta
 
 # 100 ms a message: well below a look-ahead that matters, and few messages.
 _MESSAGE_SAMPLES: Final = SAMPLE_RATE_HZ // 10
@@ -36,11 +36,12 @@ async def stream(
     pace: float | None,
     token: str | None = None,
     **settings: Unpack[SessionSettings],
-) -> None:
+) -> bool:
     """Send a recording to the service and show what comes back, until the service has told everything.
 
     Ctrl-C ends the audio; a second one does not wait for the last words. Where the connection is lost the session goes
-    on over a new one, and standard error says so.
+    on over a new one, and standard error says so. An error that the service tells is written there when it comes: the
+    session may go on after it.
 
     Args:
         source: The audio; it is sent as 16 kHz mono s16le.
@@ -51,10 +52,14 @@ async def stream(
         token: Secret of the service, if it asks for one.
         **settings: What the session is asked for.
 
+    Returns:
+        Whether the service told no error.
+
     Raises:
-        DragomanError: The service cannot be reached, refuses the client, reports an error or goes away; or
-            the recording cannot be read to its end.
+        DragomanError: The service cannot be reached, refuses the client or its settings, or goes away without a word;
+            or the recording cannot be read to its end.
     """
+    is_whole = True
     with display:
         async with connect(url, token=token, notice=_notice, **settings) as session:
             told = _Told(writer, display)
@@ -62,11 +67,16 @@ async def stream(
             with ctrl_c(messages.stop):
                 try:
                     await exchange(session, _send(session, messages, source, pace, told), told.hear)
+                except ServiceError as error:
+                    if error.event is None:
+                        raise
+                    is_whole = False  # as the user has been told
                 finally:
                     messages.stop()
                     told.end()
     if source.problem is not None:
         raise DragomanError("file_damaged", source.problem)
+    return is_whole
 
 
 def _notice(sentence: str) -> None:
@@ -86,6 +96,8 @@ class _Told:
         """Show what an event adds."""
         if isinstance(event, TranscriptDelta | TranslationDelta) and event.backlog_ms is not None:
             self._lag = f", {event.backlog_ms / 1000:.1f} s behind"
+        if isinstance(event, ErrorEvent):
+            _notice(str(reported(event)))
         text = self._writer.push([event])
         self._begun |= bool(text) or isinstance(event, SessionClosed)
         if text:

@@ -8,14 +8,14 @@ from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanag
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Unpack
 
-from client.connection import LiveSession, SessionSettings, connect, exchange
+from client.connection import LiveSession, ServiceError, SessionSettings, connect, exchange, reported
 from client.live import ctrl_c
 from client.microphone import Microphone
 from client.output import OutputFormat, Writer, make_writer
 from client.view import Level, Status, View, describe_level
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from streaming.events import Event, TranscriptDelta, TranslationDelta
+from streaming.events import ErrorEvent, Event, TranscriptDelta, TranslationDelta
 
 if TYPE_CHECKING:  # they take long to import, and a service elsewhere does without
     from models.recognizer import Recognizer
@@ -119,8 +119,10 @@ async def listen(
     recording: Recording | None,
     service: AbstractAsyncContextManager[tuple[str, str | None]],
     **settings: Unpack[SessionSettings],
-) -> None:
+) -> bool:
     """Interpret what the microphone hears until Ctrl-C, and then to the last word.
+
+    The view tells when the connection is lost and when the session goes on, and what the service reports.
 
     Args:
         microphone: Where the audio comes from.
@@ -129,25 +131,37 @@ async def listen(
         service: Gives, while it is entered, the URL of the service that interprets, and its secret if it asks for one.
         **settings: What the session is asked for.
 
+    Returns:
+        Whether the service told no error.
+
     Raises:
-        DragomanError: The device cannot be opened; or the service cannot be reached, refuses, reports an error or goes.
+        DragomanError: The device cannot be opened; or the service cannot be reached, refuses the client or its
+            settings, or goes away without a word.
     """
-    async with service as (url, token), connect(url, audio=microphone.format, token=token, **settings) as session:
+    async with (
+        service as (url, token),
+        connect(url, audio=microphone.format, token=token, notice=view.tell, **settings) as session,
+    ):
         with ctrl_c(microphone.stop):  # from before the first sound on
             async with microphone:
-                await _interpret(session, microphone, view, recording)
+                return await _interpret(session, microphone, view, recording)
 
 
-async def _interpret(session: LiveSession, microphone: Microphone, view: View, recording: Recording | None) -> None:
+async def _interpret(session: LiveSession, microphone: Microphone, view: View, recording: Recording | None) -> bool:
     """Until the microphone stops, and then to the last word."""
     with view:
         hearing = _Hearing(session, microphone, view, recording)
         drawing = asyncio.create_task(hearing.draw())
         try:
             await exchange(session, hearing.speak(), hearing.hear)
+        except ServiceError as error:
+            if error.event is None:
+                raise
+            return False  # as the user has been told
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)  # that a terminal is gone is no loss
+    return True
 
 
 class _Hearing:
@@ -181,6 +195,8 @@ class _Hearing:
         if isinstance(event, TranscriptDelta | TranslationDelta) and event.backlog_ms is not None:
             self._lag_s = event.backlog_ms / 1000
         self._view.hear(event)
+        if isinstance(event, ErrorEvent):
+            self._view.tell(str(reported(event)))
         if self._recording is not None:
             self._recording.tell(event)
 

@@ -154,6 +154,10 @@ class View(Protocol):
         """Show what an event adds."""
         ...
 
+    def tell(self, sentence: str) -> None:
+        """Tell what has happened to the session."""
+        ...
+
     def frame(self, status: Status) -> RenderableType:
         """What is to be drawn now."""
         ...
@@ -188,6 +192,10 @@ class Lines:
     def hear(self, event: Event) -> None:
         """Write what an event adds."""
         self._write(self._writer.push([event]))
+
+    def tell(self, sentence: str) -> None:
+        """Write it to standard error at once, above the status."""
+        _tell(self._live.console if self._live else self._console, sentence)
 
     def frame(self, status: Status) -> RenderableType:
         """The status."""
@@ -236,6 +244,7 @@ class Panes:
         """Show the transcript and these languages; `writer` makes the text that is left behind."""
         self._writer = writer
         self._text: list[str] = []  # all of it, some 100 kB an hour, because the screen is gone at the end
+        self._told: deque[str] = deque([], _MAX_PARAGRAPHS)
         self._panes = {"": _Pane("speech"), **{language: _Pane(language) for language in languages}}
         self._console = Console(highlight=False)
         self._live = _live(self._console, screen=True)
@@ -248,6 +257,8 @@ class Panes:
         self._live.stop()
         sys.stdout.write("".join([*self._text, self._writer.finish()]))
         sys.stdout.flush()
+        for sentence in self._told:
+            _tell(Console(stderr=True, highlight=False), sentence)
 
     def hear(self, event: Event) -> None:
         """Add what an event says to its pane."""
@@ -256,15 +267,23 @@ class Panes:
             language = event.language if isinstance(event, TranslationDelta) else ""
             self._panes[language].append(event)
 
+    def tell(self, sentence: str) -> None:
+        """Show it above the status until there is another one, and leave it behind at the end."""
+        self._told.append(sentence)
+
     def frame(self, status: Status) -> RenderableType:
         """The panes, of equal height, over the status."""
         width, height = self._console.size
-        each = max(3, (height - 1) // len(self._panes))  # two lines of it are the border
+        told = list(self._told)[-1:]
+        each = max(3, (height - 1 - len(told)) // len(self._panes))  # two lines of it are the border
         screen = Layout()
         panels = []
         for pane in self._panes.values():
             lines = pane.last_lines(max(1, width - 4), each - 2)
             panels.append(Layout(Panel(Text("\n".join(lines)), title=pane.title, title_align="left"), size=each))
+        panels += [
+            Layout(Text(sentence, "bold yellow", no_wrap=True, overflow="ellipsis"), size=1) for sentence in told
+        ]
         line = status_line(status, ascii_only=self._console.options.ascii_only)
         screen.split_column(*panels, Layout(line, minimum_size=1))
         return screen
@@ -282,6 +301,10 @@ def make_view(output_format: OutputFormat, languages: Sequence[str]) -> View:
     else:
         writer = make_writer(output_format, "microphone", languages, bilingual=True)
     return Panes(writer, languages) if panes else Lines(writer)
+
+
+def _tell(console: Console, sentence: str) -> None:
+    console.print(Text(f"dragoman: {sentence}"), soft_wrap=True)
 
 
 def _live(console: Console, *, screen: bool) -> Live:

@@ -326,7 +326,7 @@ class Teller:
             self._tell(delta)
         if (problem := after.problem) is not None:  # from here on, what is told is not translated
             self._interpretation = None
-            self._tell(ErrorEvent(UNNUMBERED, problem.code, str(problem)))
+            self._tell(ErrorEvent(UNNUMBERED, problem.code, f"{problem}: nothing more is translated"))
         self._tell_on()
 
 

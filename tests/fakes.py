@@ -162,6 +162,16 @@ class FakeSession:
         self._seq += 1
 
 
+class ForsakenSession(FakeSession):
+    """Its translator fails after the first word."""
+
+    def _hear(self, loudness: float) -> None:
+        super()._hear(loudness)
+        if self._heard_words == 1 and self.config.languages:
+            self.config = replace(self.config, languages=())
+            self._tell(ErrorEvent(self._seq, "translator_unavailable", "it is gone: nothing more is translated"))
+
+
 def fake_tick(sessions: Sequence[FakeSession], *, max_chunks: int = 1) -> None:
     for session in sessions:
         if session.ready():

@@ -19,8 +19,15 @@ from client.connection import LiveSession, ServiceError, connect, connect_sync, 
 from streaming import scheduler
 from streaming.audio import AudioFormat, AudioNormalizer
 from streaming.errors import DragomanError
-from streaming.events import ErrorEvent, Event, SessionClosed, SessionCreated, SessionUpdated, TranslationDelta
-from tests.fakes import FakeSession, FakeTranslator, fake_tick, running_service, tone
+from streaming.events import (
+    ErrorEvent,
+    Event,
+    SessionClosed,
+    SessionCreated,
+    SessionUpdated,
+    TranslationDelta,
+)
+from tests.fakes import FakeSession, FakeTranslator, ForsakenSession, fake_tick, running_service, tone
 from tests.proxy import Proxy
 
 LEVELS = [0.2, 0.4, 0.6]
@@ -207,6 +214,45 @@ async def test_exchange_hears_everything_and_raises_the_first_error() -> None:
     assert errors == ["unsupported_lookahead", "audio_odd_bytes"]
     assert text(heard) == " w20 w40"
     assert isinstance(heard[-1], SessionClosed)
+
+
+async def test_exchange_raises_the_end_of_the_connection_whatever_was_told_before() -> None:
+    heard: list[Event] = []
+    is_heard = asyncio.Event()
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        if text(heard) == 2 * TEXT:
+            is_heard.set()
+
+    async def speak(session: LiveSession) -> None:
+        await session.send(pcm())
+        await session._send("what?")
+        await session.send(pcm())
+        await is_heard.wait()
+        session._connection.transport.abort()
+
+    async with running_service(resume_s=0) as url:
+        with pytest.raises(ServiceError) as caught:
+            async with connect(url) as session:
+                await exchange(session, speak(session), hear)
+    assert caught.value.code == "connection_lost"
+    assert [event.code for event in heard if isinstance(event, ErrorEvent)] == ["invalid_json"]
+
+
+async def test_a_session_whose_translator_fails_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "Session", ForsakenSession)
+    async with running_service(translator=FakeTranslator()) as url, connect(url, languages=["es"]) as session:
+        await session.send(pcm([0.2]))
+        events: list[Event] = []
+        with pytest.raises(ServiceError) as caught:
+            async for event in session:
+                events.append(event)
+        assert caught.value.code == "translator_unavailable" and caught.value.event is not None
+        await session.send(pcm([0.4, 0.6]))
+        await session.finish()
+        events += [event async for event in session]
+    assert (text(events), text(events, "es")) == (TEXT, " es20") and isinstance(events[-1], SessionClosed)
 
 
 async def test_exchange_ends_when_either_side_fails() -> None:

@@ -22,9 +22,10 @@ from client.files import AudioFile
 from client.live import stream
 from client.output import OutputFormat, make_writer
 from client.progress import Display
+from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
-from tests.fakes import FakeTranslator, running_service, tone
+from tests.fakes import FakeTranslator, ForsakenSession, running_service, tone
 from tests.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +45,10 @@ def recording(tmp_path: Path) -> Callable[..., AudioFile]:
     return make
 
 
-async def live(url: str, source: AudioFile, kind: str = "txt", **arguments: Any) -> None:
-    await stream(source, url, make_writer(OutputFormat(kind), "a.wav"), Display(1), **{"pace": None, **arguments})
+async def live(url: str, source: AudioFile, kind: str = "txt", **arguments: Any) -> bool:
+    return await stream(
+        source, url, make_writer(OutputFormat(kind), "a.wav"), Display(1), **{"pace": None, **arguments}
+    )
 
 
 async def test_words_come_back(recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,10 +195,34 @@ async def test_a_service_that_goes_away(
     recording: Callable[..., AudioFile], capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with running_service() as url:
-        talk = asyncio.create_task(failure(url, recording([0.2] * 100), pace=4.0))
+        talk = asyncio.create_task(live(url, recording([0.2] * 100), pace=4.0))
         await asyncio.sleep(1)
-    assert (await talk).code == "server_shutdown"
-    assert capsys.readouterr().out.endswith("w20\n")
+    assert not await talk
+    shown = capsys.readouterr()
+    assert shown.out.endswith("w20\n")
+    assert re.fullmatch(r"dragoman: the service reports: the server is shutting down[^\n]*\n", shown.err)
+
+
+@pytest.mark.parametrize("screen", [False, True])
+async def test_a_translator_that_goes_away_is_told_once_and_at_once_and_the_words_go_on(
+    screen: bool, recording: Callable[..., AudioFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "Session", ForsakenSession)
+    sentence = "dragoman: the service reports: it is gone: nothing more is translated"
+    async with running_service(translator=FakeTranslator()) as url:
+        program = Program(url, str(recording([0.2, 0.4, 0.6, 0.8]).path), "--to", "es,de", screen=screen)
+        if screen:
+            await program.until(sentence)
+            assert "w80" not in program.shown
+        code, complaints = await program.end()
+    assert code == 2
+    if screen:
+        lines = program.shown.replace("\r", "\n").split("\n")
+        assert [line for line in lines if line.startswith("dragoman")] == [sentence]
+        assert any(line.endswith("w40 w60 w80") for line in lines)
+    else:
+        assert complaints.decode() == f"{sentence}\n"
+        assert program.shown == "w20\n    es  es20\n    de  de20\nw40 w60 w80\n"
 
 
 async def test_a_connection_that_breaks(recording: Callable[..., AudioFile], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
+import client.microphone
 from client import mic
 from client.cli import app
 from client.mic import listen, own_service, save_as
@@ -31,7 +32,8 @@ from streaming import scheduler
 from streaming.audio import AudioFormat
 from streaming.errors import DragomanError
 from tests import fake_sounddevice
-from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, running_service, tone
+from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, ForsakenSession, fake_tick, running_service, tone
+from tests.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "jfk.flac"
@@ -153,9 +155,41 @@ async def test_a_service_elsewhere(plays: Callable[..., bytes], capsys: pytest.C
         plays(end="silence")
         talk = asyncio.create_task(hear(contextlib.nullcontext((url, "sesame"))))
         await asyncio.sleep(1)
-    with pytest.raises(DragomanError, match="shutting down"):
-        await talk
-    assert capsys.readouterr().out == "w20 w40\nw60\n"
+    await talk
+    shown = capsys.readouterr()
+    assert shown.out == "w20 w40\nw60\n"
+    assert re.fullmatch(r"dragoman: the service reports: [^\n]*shutting down[^\n]*\n", shown.err)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+async def test_what_happens_to_the_session_is_told_once(
+    kind: str, plays: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scheduler, "Session", ForsakenSession)
+    plays([0.2, 0.4, 0.6, 0.8] * 3, pace=2)
+    languages = ("es", "de")
+    async with running_service(translator=FakeTranslator()) as url, Proxy(url) as proxy:
+
+        async def fail() -> None:
+            await asyncio.sleep(1)
+            proxy.cut()
+            await asyncio.sleep(0.5)
+            proxy.mend()
+
+        failing = asyncio.create_task(fail())
+        microphone = Microphone(choose_device(input_devices(), None))
+        view = make_view(OutputFormat(kind), languages)
+        service = contextlib.nullcontext((proxy.url, None))
+        assert not await listen(microphone, view, None, service, languages=languages)
+        await failing
+    shown = capsys.readouterr()
+    assert sorted(shown.err.splitlines()) == [
+        "dragoman: the connection was lost: connecting again",
+        "dragoman: the service reports: it is gone: nothing more is translated",
+        "dragoman: the session goes on",
+    ]
+    if kind == "txt":
+        assert re.findall(r"w\d0", shown.out) == ["w20", "w40", "w60", "w80"] * 3
 
 
 async def test_the_own_service_is_for_this_program_alone(plays: Callable[..., bytes]) -> None:
@@ -178,7 +212,7 @@ async def test_a_device_that_goes_ends_the_session_well(
 async def test_an_engine_that_is_behind_loses_audio_and_keeps_the_callback_free(
     plays: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Sound is lost in one piece, from the text and from the wav file alike, and none of it twice."""
+    """Sound is lost from the text and from the wav file alike, and none of it comes twice or in another place."""
 
     def tick(sessions: list[FakeSession], **_: int) -> None:
         time.sleep(0.1)
@@ -188,11 +222,16 @@ async def test_an_engine_that_is_behind_loses_audio_and_keeps_the_callback_free(
     monkeypatch.setattr(scheduler, "_MAX_WAITING_S", 2)
     monkeypatch.setattr("client.microphone._MAX_WAITING_S", 2)
     monkeypatch.setattr(fake_sounddevice, "SLOWEST_CALLBACK_S", 0.0)
-    audio = plays([0.2, 0.4, 0] * 50, pace=0)  # 60 s at once
+    audio = plays([0.2 + 0.005 * i for i in range(150)], pace=0)  # 60 s at once
     microphone = await hear(None, str(tmp_path / "talk"))
     heard = soundfile.read(tmp_path / "talk.wav", dtype="int16")[0].tobytes()
     assert 2 * 32_000 <= len(heard) < 50 * 32_000
-    assert heard == audio[: len(heard)]
+    assert heard[: 2 * 32_000] == audio[: 2 * 32_000]
+    block_bytes = 2 * 16_000 // client.microphone._BLOCKS_PER_S
+    played, blocks = (
+        iter([pcm[start : start + block_bytes] for start in range(0, len(pcm), block_bytes)]) for pcm in (audio, heard)
+    )
+    assert all(block in played for block in blocks)
     assert len(heard) / 32_000 + microphone.dropped_s == pytest.approx(60)
     assert fake_sounddevice.SLOWEST_CALLBACK_S < 0.1
 

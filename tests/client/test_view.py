@@ -103,6 +103,22 @@ def test_panes_show_the_words_above_and_each_translation_below() -> None:
     ]
 
 
+def test_panes_show_what_was_told_last_and_leave_all_of_it_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    with Panes(make_writer(OutputFormat.TXT, "mic"), []) as panes:
+        panes.hear(TALK[0])
+        panes.tell("the connection was lost: connecting again")
+        panes.tell("the session goes on")
+        assert screen(panes, 40, 5) == [
+            "╭─ speech ─────────────────────────────╮",
+            "│ how are                              │",
+            "╰──────────────────────────────────────╯",
+            "the session goes on",
+            "1:02:03  ▮▮▮▮▮▮▮▮▮▮▯▯▯▯▯▯▯▯▯▯  0.2 s be…",
+        ]
+    told = "dragoman: the connection was lost: connecting again\ndragoman: the session goes on\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
 @given(st.lists(st.tuples(st.text("ab ", min_size=1, max_size=9), st.booleans()), max_size=30), st.integers(5, 30))
 def test_shown_text_stays_where_it_is(pieces: list[tuple[str, bool]], width: int) -> None:
     """Whatever is appended, full lines only scroll up."""
