@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,8 @@ from client.normalize import normalize_transcript
 from models.config import FRAME_SAMPLES, SUBSAMPLING_FACTOR, FeatureConfig
 from streaming.features import FrontEnd
 from training.asr.augment import Augmenter
+from training.asr.prepare import read_index
+from training.asr.splice import Splicer, join
 from training.asr.synthesize import compose
 
 SAMPLE_RATE_HZ = 16000
@@ -45,7 +46,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One entry of a packed set; ``offset`` and ``length`` count samples in its file."""
+    """One entry of a packed set; ``offset`` and ``length`` count samples in its file.
+
+    ``cuts_samples`` are where its words begin and end (see :mod:`training.asr.splice`), empty if unknown.
+    """
 
     file: Path
     offset: int
@@ -53,14 +57,15 @@ class Utterance:
     text: str
     source: str
     weight: float
+    speaker: str = ""
+    cuts_samples: tuple[int, ...] = ()
 
 
 def read_packed(folders: list[Path]) -> list[Utterance]:
     """The entries of packed sets (see :mod:`training.asr.prepare`)."""
     entries = []
     for folder in folders:
-        for line in (folder / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            item = json.loads(line)
+        for item in read_index(folder):
             entries.append(
                 Utterance(
                     folder / "audio.i16",
@@ -69,20 +74,36 @@ def read_packed(folders: list[Path]) -> list[Utterance]:
                     item["text"],
                     item["source"],
                     item.get("weight", 1.0),
+                    item["speaker"],
+                    tuple(item.get("cuts_samples", ())),
                 )
             )
     return entries
 
 
 class AudioStore:
-    """The samples of packed sets, memory-mapped."""
+    """Packed speech, memory-mapped.
 
-    def __init__(self, entries: list[Utterance]) -> None:
+    Args:
+        entries: What there is.
+        spliced_share: Share of the entries with cuts that are spliced when they are drawn.
+    """
+
+    def __init__(self, entries: list[Utterance], spliced_share: float = 0.0) -> None:
         self._files = {file: np.memmap(file, np.int16, "r") for file in {entry.file for entry in entries}}
+        self._entries, self._splicer, self._spliced_share = entries, Splicer(entries), spliced_share
 
     def __getitem__(self, entry: Utterance) -> np.ndarray:
         samples = self._files[entry.file][entry.offset : entry.offset + entry.length]
         return samples.astype(np.float32) / 32768
+
+    def draw(self, number: int, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+        """Text and samples of an entry, or of a splice in its place."""
+        entry = self._entries[number]
+        if number not in self._splicer or rng.random() >= self._spliced_share:
+            return entry.text, self[entry]
+        text, parts = self._splicer.draw(number, rng)
+        return text, join([self[self._entries[source]][part] for source, part in parts])
 
 
 class TrainingBatches(IterableDataset[Batch]):
@@ -98,6 +119,7 @@ class TrainingBatches(IterableDataset[Batch]):
         batch_s: Padded seconds of audio in a batch, at most.
         seed: Start of the stream; another seed gives another order.
         altered_share: Share of the utterances that the augmenter sees.
+        spliced_share: Share of the utterances with cuts in whose place other words of their speakers are heard.
         pool: Utterances that are drawn and sorted together.
     """
 
@@ -111,34 +133,36 @@ class TrainingBatches(IterableDataset[Batch]):
         batch_s: float,
         seed: int,
         altered_share: float = 1.0,
+        spliced_share: float = 0.0,
         pool: int = 400,
     ) -> None:
         self._entries, self._tokenizer, self._augmenter = entries, tokenizer, augmenter
         self._features, self._batch_s, self._seed, self._pool = features, batch_s, seed, pool
-        self._altered_share = altered_share
+        self._altered_share, self._spliced_share = altered_share, spliced_share
 
     def __iter__(self) -> Iterator[Batch]:
         rng = np.random.default_rng(self._seed)
-        store, front_end = AudioStore(self._entries), FrontEnd(self._features)
+        store, front_end = AudioStore(self._entries, self._spliced_share), FrontEnd(self._features)
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(self._tokenizer))
         weights = np.array([entry.weight for entry in self._entries])
         weights /= weights.sum()
         while True:
             drawn = sorted(rng.choice(len(weights), self._pool, p=weights), key=lambda i: self._entries[i].length)
-            cuts = list(self._cut([self._entries[i] for i in drawn]))
+            cuts = list(self._cut(drawn))
             for k in rng.permutation(len(cuts)):
                 yield self._batch(cuts[k], store, front_end, pieces, rng)
 
-    def _cut(self, entries: list[Utterance]) -> Iterator[list[Utterance]]:
-        """Splits entries, sorted by length, so that each part pads to about ``batch_s``.
+    def _cut(self, numbers: list[int]) -> Iterator[list[int]]:
+        """Splits the numbers of entries, sorted by length, so that each part pads to about ``batch_s``.
 
         The number of utterances depends on the padded length alone, so that few distinct shapes occur: on a CPU
         every new shape costs the compilation of its kernels.
         """
-        part: list[Utterance] = []
-        for entry in reversed(entries):
-            part.append(entry)
-            if len(part) >= self._batch_s * SAMPLE_RATE_HZ / (_padded_frames(part[0].length) * FRAME_SAMPLES):
+        part: list[int] = []
+        for number in reversed(numbers):
+            part.append(number)
+            longest = self._entries[part[0]].length
+            if len(part) >= self._batch_s * SAMPLE_RATE_HZ / (_padded_frames(longest) * FRAME_SAMPLES):
                 yield part
                 part = []
         if part:
@@ -146,17 +170,16 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def _batch(
         self,
-        entries: list[Utterance],
+        numbers: list[int],
         store: AudioStore,
         front_end: FrontEnd,
         pieces: sentencepiece.SentencePieceProcessor,
         rng: np.random.Generator,
     ) -> Batch:
-        audio = [store[entry] for entry in entries]
+        texts, audio = zip(*(store.draw(number, rng) for number in numbers), strict=True)
         if self._augmenter is not None:
             audio = [self._augmenter(x, rng) if rng.random() < self._altered_share else x for x in audio]
-        targets = [pieces.encode(entry.text) for entry in entries]
-        return collate(audio, targets, front_end)
+        return collate(list(audio), [pieces.encode(text) for text in texts], front_end)
 
 
 def text_batches(sentences: list[str], tokenizer: Path, *, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,9 +27,19 @@ from rich.table import Table
 
 from client.normalize import normalize_transcript
 
-__all__ = ["SAMPLE_RATE_HZ", "PackedUtterance", "SourceSummary", "pack", "read_audio", "rejection"]
+__all__ = [
+    "INDEX",
+    "SAMPLE_RATE_HZ",
+    "PackedUtterance",
+    "SourceSummary",
+    "pack",
+    "read_audio",
+    "read_index",
+    "rejection",
+]
 
 SAMPLE_RATE_HZ = 16_000
+INDEX = "index.jsonl"
 MIN_DURATION_S, MAX_DURATION_S = 0.3, 16.0
 # Fluent English has 12 to 18 characters a second; far outside this range the text is not what is said.
 MIN_CHARS_PER_S, MAX_CHARS_PER_S = 2.0, 28.0
@@ -104,6 +114,11 @@ def read_audio(path: Path) -> NDArray[np.int16]:
     return clipped.astype(np.int16)
 
 
+def read_index(packed: Path) -> list[dict[str, Any]]:
+    """The lines of a packed set's index: `PackedUtterance`, and what was found out later."""
+    return [json.loads(line) for line in (packed / INDEX).read_text(encoding="utf-8").splitlines()]
+
+
 def _records(manifest: Path) -> Iterator[dict[str, Any]]:
     """Reads a manifest that a synthesis may still be writing: an unfinished last line is not read."""
     with manifest.open(encoding="utf-8") as lines:
@@ -167,7 +182,7 @@ def pack(
         )
     excluded = frozenset(text for file in exclude for text in _sentences(file))
     out.mkdir(parents=True, exist_ok=True)
-    audio_part, index_part = out / "audio.i16.part", out / "index.jsonl.part"
+    audio_part, index_part = out / "audio.i16.part", out / f"{INDEX}.part"
     offset_samples = 0
     with audio_part.open("wb") as audio, index_part.open("w", encoding="utf-8") as index:
         for manifest in manifests:
@@ -176,7 +191,7 @@ def pack(
                 offset_samples = utterance.offset_samples + utterance.n_samples
                 index.write(json.dumps(asdict(utterance)) + "\n")
     audio_part.replace(out / "audio.i16")
-    index_part.replace(out / "index.jsonl")
+    index_part.replace(out / INDEX)
     return summaries
 
 

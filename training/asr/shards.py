@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import typer
 
-from training.asr.prepare import SAMPLE_RATE_HZ
+from training.asr.prepare import INDEX, SAMPLE_RATE_HZ, read_index
 
 # Opus is asked for a level of compression, which libsndfile maps evenly onto 256 … 6 kbit/s.
 _MOST_BITS_PER_S, _LEAST_BITS_PER_S = 256_000, 6_000
@@ -62,7 +62,7 @@ def unpack(shards: Path, out: Path) -> int:
             for block in soundfile.blocks(shard, _BLOCK_SAMPLES, dtype="int16"):
                 audio.write(block.astype("<i2").tobytes())
                 offset += len(block)
-    (out / "index.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (out / INDEX).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return len(lines)
 
 
@@ -72,8 +72,7 @@ _Utterance = tuple[dict[str, Any], np.ndarray]
 def _utterances(packed: list[Path]) -> Iterator[_Utterance]:
     for folder in packed:
         audio = np.memmap(folder / "audio.i16", "<i2", "r")
-        for line in (folder / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            item = json.loads(line)
+        for item in read_index(folder):
             yield item, audio[item["offset_samples"] : item["offset_samples"] + item["n_samples"]]
 
 

@@ -77,6 +77,7 @@ class Recipe:
         text_weight: Of the cross-entropy of the predictor on text alone, which shows it more sentences than are spoken.
         text_rows: Texts in a step.
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
+        spliced_share: Share of the utterances with cuts that are spliced (see :mod:`training.asr.splice`).
         latency_weight: What a frame of delay costs where a word is told, in nats (see
             :func:`training.asr.loss.transducer_loss`).
         latency_from_step: Until here gates are as likely open as their sigmoids say, and the delay costs nothing.
@@ -109,6 +110,7 @@ class Recipe:
     text_weight: float = 0.2
     text_rows: int = 24
     altered_share: float = 0.6
+    spliced_share: float = 0.0
     latency_weight: float = 0.0
     latency_from_step: int = 2600
     hardening_steps: int = 3000
@@ -432,6 +434,9 @@ def run(
     altered_share: Annotated[
         float, typer.Option(help="Share of utterances that are augmented.")
     ] = Recipe.altered_share,
+    spliced_share: Annotated[
+        float, typer.Option(help="Share of utterances with cuts that are spliced.")
+    ] = Recipe.spliced_share,
     masks: Annotated[int, typer.Option(help="SpecAugment's masks in time, and in frequency.")] = Recipe.time_masks,
     threads: int = 2,
     device: str = "cpu",
@@ -452,6 +457,7 @@ def run(
         batch_s=batch_s,
         peak_lr=peak_lr,
         altered_share=altered_share,
+        spliced_share=spliced_share,
         freq_masks=masks,
         time_masks=masks,
     )
@@ -484,6 +490,7 @@ def run(
             batch_s=recipe.easy_batch_s if easy else recipe.batch_s,
             seed=recipe.seed + trainer.step + 1_000_003 * rank,
             altered_share=recipe.altered_share,
+            spliced_share=0.0 if easy else recipe.spliced_share,
         )
         return DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_quiet_worker)
 

@@ -129,7 +129,10 @@ def at_16_khz(samples: Samples, rate_hz: float) -> Samples:
 _FLITE_PITCH_HZ = {"kal16": 105.0, "rms": 105.0, "slt": 170.0, "awb": 130.0}
 _FLITE_SIZES = (0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.14)
 
-_ESPEAK_ACCENTS = ("en-us", "en-us", "en-us", "en-gb", "en-gb-x-rp")
+_ESPEAK_ACCENTS = (
+    *("en-us", "en-us", "en-us", "en-gb", "en-gb-x-rp"),
+    *("en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc"),
+)
 # Timbres that are a voice rather than an effect, and that a recogniser (Whisper tiny.en) can follow: whisper,
 # croak, robots that clip words and six that it misheard in more than 40 % of the words are left out.
 _ESPEAK_TIMBRES = tuple(
