@@ -156,7 +156,7 @@ class Replayed(Protocol):
     def step(
         self, mel: Tensor, state: EncoderState, slots: Tensor, chunk_frames: Tensor
     ) -> tuple[Tensor, EncoderState] | None:
-        """Arguments and result are those of :meth:`FastConformer.step`; None if it does not run steps so large."""
+        """Arguments and result are those of :meth:`FastConformer.step`; None if it does not run such a step."""
 
 
 class FastConformer(nn.Module):

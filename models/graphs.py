@@ -15,8 +15,10 @@ Source: "CUDA Graphs" in PyTorch's notes on CUDA semantics, for warming up, stat
 from __future__ import annotations
 
 import functools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
 from typing import Final, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -45,6 +47,8 @@ Compute = Callable[[], Tensor]
 #: Prepares to compute the same again and again. What the replay returns, the next one overwrites.
 Capture = Callable[[Compute], Compute]
 
+_capturing = Lock()  # PyTorch captures one graph at a time
+logger = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -64,8 +68,12 @@ class CudaCapture:
 
     @torch.no_grad()
     def __call__(self, compute: Compute) -> Compute:
-        """Captures; see :data:`Capture`."""
-        with torch.cuda.device(self._device):
+        """Captures; see :data:`Capture`.
+
+        Raises:
+            RuntimeError: There is not enough memory, or the computation cannot be captured.
+        """
+        with _capturing, torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # libraries choose kernels and make workspaces at the first calls
                 for _ in range(_WARM_UP):
@@ -86,26 +94,36 @@ class CudaCapture:
 class Kept(Generic[K, V]):
     """Values by key, made when they are first asked for; the least recently used go.
 
+    What cannot be made, for want of memory perhaps, is None from then on.
+
     Args:
         most: How many are kept.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._values: OrderedDict[K, V] = OrderedDict()
+        self._values: OrderedDict[K, V | None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, key: K, make: Callable[[], V]) -> V:
+    def get(self, key: K, make: Callable[[], V]) -> V | None:
         """The value of a key."""
         if key not in self._values:
             # The new one first: capturing waits until the GPU has done what the old one was asked for.
-            self._values[key] = make()
+            self._values[key] = _tried(key, make)
             while len(self._values) > self._most:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key]
+
+
+def _tried(key: Hashable, make: Callable[[], V]) -> V | None:
+    try:
+        return make()
+    except RuntimeError as error:
+        logger.warning("there is no graph for steps of %s, which run without: %s", key, error)
+        return None
 
 
 def bucket(count: int, sizes: Sequence[int]) -> int | None:
@@ -131,6 +149,7 @@ class EncoderGraphs:
         self._frames = [size for size in sizes if size <= LONG_STEP_FRAMES]
         self._graphs: Kept[tuple[int, int], _EncoderGraph] = Kept(most)
         self._states: WeakValueDictionary[int, EncoderState] = WeakValueDictionary()
+        self._lock = Lock()  # a model may be shared by threads, and its graphs' memory is one
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -139,12 +158,13 @@ class EncoderGraphs:
     def step(
         self, mel: Tensor, state: EncoderState, slots: Tensor, chunk_frames: Tensor
     ) -> tuple[Tensor, EncoderState] | None:
-        """:meth:`FastConformer.step`, if there are graphs for steps so large."""
+        """:meth:`FastConformer.step`; None if there is no graph for such a step."""
         rows, T = bucket(mel.shape[0], ROW_BUCKETS), bucket(mel.shape[1] // SUBSAMPLING_FACTOR, self._frames)
         if rows is None or T is None:
             return None
-        graph = self._graphs.get((rows, T), functools.partial(self._make, rows, T))
-        return graph(mel, state, slots, chunk_frames)
+        with self._lock:
+            graph = self._graphs.get((rows, T), functools.partial(self._make, rows, T))
+            return None if graph is None else graph(mel, state, slots, chunk_frames)
 
     def _make(self, rows: int, T: int) -> _EncoderGraph:
         state = self._states.get(rows)
@@ -277,6 +297,7 @@ class LlmGraphs:
         self._llm, self._capture, self._max_past_bytes = llm, capture, max_past_bytes
         self._graphs: Kept[tuple[int, int, int], _LlmGraph] = Kept(most)
         self._memories: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -286,7 +307,7 @@ class LlmGraphs:
         """Reads ``int64[B, T]`` behind a cache with room for them, whose memory takes them in.
 
         Returns:
-            As :meth:`models.llm.Llm.hidden`, ``[B, T, d_model]``; None if there are no graphs for steps so large.
+            As :meth:`models.llm.Llm.hidden`, ``[B, T, d_model]``; None if there is no graph for such a step.
         """
         B, T = tokens.shape
         rows, new = bucket(B, ROW_BUCKETS), bucket(T, TOKEN_BUCKETS)
@@ -296,16 +317,9 @@ class LlmGraphs:
         one_key = cache.memory[:, :, 0, :, 0]
         if rows * keys * one_key.numel() * one_key.element_size() > self._max_past_bytes:
             return None
-        _, memory, step, replay = self._graphs.get((rows, new, keys), functools.partial(self._make, rows, new, keys))
-        past = min(keys, cache.capacity)
-        memory[:, :, :B, :, :past].copy_(cache.memory[:, :, :, :, :past])
-        memory[:, :, :B, :, past:].zero_()  # a mask cannot hide a NaN of other rows
-        step.load(tokens, cache.lengths, cache.next_positions, cache.positions[:, :past])
-        hidden = replay()[:B, :T].clone()
-        row = torch.arange(B, device=tokens.device)[:, None]
-        slots = (cache.lengths[:, None] + torch.arange(T)).to(tokens.device)
-        cache.memory[:, :, row, :, slots] = memory[:, :, row, :, slots]
-        return hidden
+        with self._lock:
+            graph = self._graphs.get((rows, new, keys), functools.partial(self._make, rows, new, keys))
+            return None if graph is None else graph.hidden(tokens, cache)
 
     def _make(self, rows: int, T: int, keys: int) -> _LlmGraph:
         c = self._llm.config
@@ -322,6 +336,19 @@ class _LlmGraph(NamedTuple):
     """One shape's step, and its past as it is shared and as the step sees it."""
 
     held: Tensor
-    memory: Tensor
+    memory: Tensor  # [L, 2, rows, H_kv, keys, D_h]
     step: FixedStep
     replay: Compute
+
+    def hidden(self, tokens: Tensor, cache: KvCache) -> Tensor:
+        """As :meth:`LlmGraphs.hidden`."""
+        B, T = tokens.shape
+        memory, past = self.memory, min(self.memory.shape[4], cache.capacity)
+        memory[:, :, :B, :, :past].copy_(cache.memory[:, :, :, :, :past])
+        memory[:, :, :B, :, past:].zero_()  # a mask cannot hide a NaN of other rows
+        self.step.load(tokens, cache.lengths, cache.next_positions, cache.positions[:, :past])
+        hidden = self.replay()[:B, :T].clone()
+        row = torch.arange(B, device=tokens.device)[:, None]
+        slots = (cache.lengths[:, None] + torch.arange(T)).to(tokens.device)
+        cache.memory[:, :, row, :, slots] = memory[:, :, row, :, slots]
+        return hidden

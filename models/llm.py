@@ -78,7 +78,7 @@ class Replayed(Protocol):
     """What may run steps in the place of :meth:`Llm.hidden`; see :mod:`models.graphs`."""
 
     def hidden(self, tokens: Tensor, cache: KvCache) -> Tensor | None:
-        """Reads tokens behind a cache that has room for them; None if it does not run steps so large."""
+        """Reads tokens behind a cache that has room for them; None if it does not run such a step."""
 
 
 class Llm(nn.Module):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -187,6 +189,58 @@ def test_bf16_is_replayed_in_bf16() -> None:
     got, state = found
     assert {got.dtype, *(cache.dtype for cache in state.caches.first(3))} == {torch.bfloat16}
     assert (got - expected)[0].abs().mean() < 0.02 * expected[0].abs().mean()
+
+
+def test_what_cannot_be_captured_runs_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(compute: Compute) -> Compute:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    steps, one = EncoderGraphs(net(), fails), (torch.tensor([8]), torch.tensor([1]))
+    for _ in range(2):
+        assert steps.step(torch.zeros(1, 8, 80), net().init_state(1), *one) is None
+    model, one_token = llm("plain"), torch.zeros(1, 1, dtype=torch.int64)
+    assert LlmGraphs(model, fails).hidden(one_token, model.init_state(1)) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "there is no graph for steps of (1, 1), which run without: CUDA out of memory",
+        "there is no graph for steps of (1, 1, 128), which run without: CUDA out of memory",
+    ]
+
+
+def test_threads_may_share_an_encoder() -> None:
+    encoder, mels = net(), torch.randn(12, 1, 16, 80)
+    one = torch.tensor([16]), torch.tensor([2])
+    expected = [encoder.step(mel, encoder.init_state(1), slots=one[0], chunk_frames=one[1])[0] for mel in mels]
+    steps = EncoderGraphs(encoder, again)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda mel: steps.step(mel, encoder.init_state(1), *one), mels))
+    for got, alone in zip(found, expected, strict=True):
+        assert got is not None
+        close(got[0], alone)
+
+
+def test_a_capture_warms_up_on_the_stream_on_which_it_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, with the signatures of PyTorch."""
+    cuda, done = torch.cuda, list[str]()
+    for name in ("device", "stream", "Stream", "CUDAGraph", "current_stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(cuda, name, create_autospec(getattr(cuda, name)))
+    where, graph = cast(Any, cuda), cast(Any, cuda).CUDAGraph.return_value
+    where.stream.return_value.__enter__.side_effect = lambda: done.append("warm up")
+    where.graph.return_value.__enter__.side_effect = lambda: done.append("capture")
+    graph.replay.side_effect = lambda: done.append("replay")
+
+    def compute() -> Tensor:
+        done.append("compute")
+        return torch.zeros(1)
+
+    capture = CudaCapture(torch.device("cuda", 1))
+    replay = capture(compute)
+    assert done == ["warm up", *["compute"] * 3, "capture", "compute"]
+    assert replay() is replay() and done[-2:] == ["replay", "replay"]
+    side, pool = where.Stream.return_value, where.graph_pool_handle.return_value
+    assert where.stream.call_args.args == (side,) and where.device.call_args.args == (torch.device("cuda", 1),)
+    assert where.graph.call_args.args == (graph, pool, side)
+    capture(compute)
+    assert where.graph.call_args.args[1] is pool and where.graph_pool_handle.call_count == 1
 
 
 def test_the_least_recently_used_go() -> None:
