@@ -19,8 +19,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
-from typing import Final, Generic, NamedTuple, TypeVar
-from weakref import WeakValueDictionary
+from typing import Final, Generic, NamedTuple, TypeVar, cast
+from weakref import WeakValueDictionary, proxy
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ class EncoderGraphs:
 
     def __init__(self, encoder: FastConformer, capture: Capture, *, most: int = MAX_GRAPHS) -> None:
         sizes = sorted({frames + 1 for frames in encoder.config.lookahead_frames})
-        self._encoder, self._capture = encoder, capture
+        self._encoder = cast(FastConformer, proxy(encoder))  # it has these, and is to go when nobody else has it
+        self._capture = capture
         self._frames = [size for size in sizes if size <= LONG_STEP_FRAMES]
         self._graphs: Kept[tuple[int, int], _EncoderGraph] = Kept(most)
         self._states: WeakValueDictionary[int, EncoderState] = WeakValueDictionary()
@@ -294,7 +295,8 @@ class LlmGraphs:
     def __init__(
         self, llm: Llm, capture: Capture, *, most: int = MAX_GRAPHS, max_past_bytes: int = MAX_PAST_BYTES
     ) -> None:
-        self._llm, self._capture, self._max_past_bytes = llm, capture, max_past_bytes
+        self._llm = cast(Llm, proxy(llm))
+        self._capture, self._max_past_bytes = capture, max_past_bytes
         self._graphs: Kept[tuple[int, int, int], _LlmGraph] = Kept(most)
         self._memories: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._lock = Lock()
