@@ -266,8 +266,10 @@ class Service:
             compression=None,  # PCM does not compress
             max_size=MAX_MESSAGE_BYTES,
             # The answer to a ping waits behind audio that is not read yet, so a late one says little about a
-            # client that sends fast. One that has gone is noticed by the idle and send timeouts.
+            # client that sends fast. One that has gone is noticed by the idle and send timeouts, and then does not
+            # take the goodbye. Pings are sent for what stands between: it may drop a connection that is silent.
             ping_timeout=None,
+            close_timeout=GOODBYE_TIMEOUT_S,
             ssl=tls,
         )
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
