@@ -2,11 +2,12 @@
 
     dragoman bench speculation talk.jsonl --json
 
-Talks come a word at a time, all in step, and everything that a word leads to is computed before the next one comes. For
-each number of talks they are translated a token at a time, and with n-grams as drafts, of a fixed length and of the
-controller's, and if the model has heads, with both (``heads too``); one talk also with each other drafter. The runs
-take turns, so that a busy machine slows them alike; each begins with drafters that have learnt nothing but their seed,
-and the cost of a forward is measured before the clock runs.
+Talks come a word at a time, all in step, and everything that a word leads to is computed before the next one comes:
+those that have something to do are gathered for a few forwards at a time, as they are in the service. For each number
+of talks they are translated a token at a time, and with n-grams as drafts, of a fixed length and of the controller's,
+and if the model has heads, with both (``heads too``); one talk also with each other drafter. The runs take turns, so
+that a busy machine slows them alike; each begins with drafters that have learnt nothing but their seed, and the cost of
+a forward is measured before the clock runs.
 
 - ``identical``: whether all of them wrote the same ids, chunk by chunk.
 - ``tokens_per_forward``: tokens written, ends of writes included, for each forward of a talk. Forwards that only read
@@ -39,8 +40,9 @@ from streaming.drafts import Drafter, NGrams, Recycling, Repetition, Seed
 from streaming.errors import DragomanError
 from streaming.goodput import Cost, calibrated
 from streaming.heads import Heads
+from streaming.interpreter import FORWARDS_PER_TICK
 from streaming.speculation import Speculation
-from streaming.translation import Interleaved
+from streaming.translation import Interleaved, TranslatedChunk, TranslationState
 
 #: What is read when nothing else is given.
 TALK: Final = Path(__file__).parent / "talk.txt"
@@ -71,6 +73,17 @@ class Run:
     word_s: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Counted(Interleaved):
+    """One that notes for each of its forwards how many rows it had."""
+
+    batches: list[int] = field(default_factory=list, compare=False)
+
+    def _forward(self, state: TranslationState) -> tuple[list[tuple[int, TranslatedChunk]], TranslationState]:
+        self.batches.append(len(state.rows))
+        return super()._forward(state)
+
+
 def talks_of(texts: Sequence[str], talks: int, words: int) -> list[Talk]:
     """Sentences dealt out to talks, until each has so many words or there are no more."""
     dealt: list[list[tuple[str, bool]]] = [[] for _ in range(talks)]
@@ -84,7 +97,7 @@ def talks_of(texts: Sequence[str], talks: int, words: int) -> list[Talk]:
 
 def translate(translator: Translator, talks: Sequence[Talk], build: Build, *, target: str, latency: str) -> Run:
     """Translates talks in step."""
-    interpreter = Interleaved(translator, build())
+    interpreter = _Counted(translator, build())
     states = [interpreter.init_state([translator.direction(target, latency)]) for _ in talks]
     run, begun, cpu = Run([[] for _ in talks]), time.perf_counter(), time.process_time()
     for i in range(max(map(len, talks))):
@@ -92,13 +105,14 @@ def translate(translator: Translator, talks: Sequence[Talk], build: Build, *, ta
         for t, talk in enumerate(talks):
             if i < len(talk):
                 states[t] = interpreter.feed(states[t], [talk[i][0]], closes=talk[i][1])
-        while any(map(interpreter.ready, states)):
-            chunks, states = interpreter.step(states)
-            run.forwards += 1
-            for ids, found in zip(run.ids, chunks, strict=True):
-                ids += [chunk.ids for chunk in found]
+        while ready := [t for t, state in enumerate(states) if interpreter.ready(state)]:
+            chunks, after = interpreter.step([states[t] for t in ready], max_forwards=FORWARDS_PER_TICK)
+            for t, found, state in zip(ready, chunks, after, strict=True):
+                run.ids[t] += [chunk.ids for chunk in found]
+                states[t] = state
         run.word_s.append(time.perf_counter() - word_begun)
     run.seconds, run.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
+    run.forwards = len(interpreter.batches)
     return run
 
 

@@ -35,10 +35,11 @@ _FIT_WEIGHT = 8
 _SOURCE_WEIGHT, _MEMORY = 10, 2000
 #: Of so many steps one tries the next length, so that no measurement is too old.
 EXPLORE_EVERY: Final = 64
-#: Steps for which another length is asked for, to see what it saves, and steps until the next such trial: at first, and
-#: when many of them have changed nothing.
-_TRIAL, _FIRST_WAIT, _LONGEST_WAIT = 4, 64, 2048
-#: How much a step moves the mean of what asking saves, and how much one of a trial does, of which there are few.
+#: Steps for which the longest drafts are asked for, to see what they save, at first and later; and steps until the next
+#: such trial, at first and when many of them have changed nothing.
+_FIRST_TRIAL, _TRIAL, _FIRST_WAIT, _LONGEST_WAIT = 32, 4, 64, 2048
+#: How much a step moves the mean of what a length saves and takes, and how much one of a trial does, of which there are
+#: few.
 _MEAN_STEP, _TRIAL_STEP = 1 / 64, 1 / 16
 
 
@@ -198,32 +199,71 @@ class Acceptance:
 
 
 @dataclass
-class _Asked:
-    """What a step has saved for which drafts of one length were asked for, on the average, in seconds."""
+class _Mean:
+    """A running mean."""
 
-    saved: float = math.inf
-    steps: int = 0
-    tried: int = 0
+    value: float = 0.0
+    count: int = 0
+
+    def move(self, value: float, step: float) -> None:
+        """Takes one more value, which moves the mean by this part of its distance, or more if there are few."""
+        self.count += 1
+        self.value += max(step, 1 / self.count) * (value - self.value)
 
 
-@dataclass
 class _Load:
-    """What is known for one number of rows: of each length, which one is asked for, and when another is tried."""
+    """What is known for about so many rows.
 
-    lengths: list[_Asked]
-    length: int = 0
-    steps_left: int = 0
-    trying: bool = True
-    best: int = 0
-    wait: int = _FIRST_WAIT
-    trials: int = 0
+    Attributes:
+        more: For each length what its last token saves, in seconds for each step, if it is there.
+        asking: What asking takes, and learning from what came of it, of lengths that have been asked for.
+        length: Which one is asked for.
+        steps_left: For how many steps.
+        trying: Whether these are steps of a trial.
+        best: The one that was best at the last look.
+        wait: For how many steps it is taken then.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.more = [_Mean() for _ in range(longest + 1)]
+        self.asking = {0: _Mean()}
+        self.length, self.steps_left, self.trying = longest, _FIRST_TRIAL, True
+        self.best, self.wait = longest, _FIRST_WAIT
+
+    def learned(self, saved: Sequence[float], asking_s: float) -> None:
+        """See :class:`Asking`."""
+        step, before = _TRIAL_STEP if self.trying else _MEAN_STEP, 0.0
+        for k in range(self.length + 1):
+            now = saved[min(k, len(saved) - 1)]
+            self.more[k].move(now - before, step)
+            before = now
+        self.asking.setdefault(self.length, _Mean()).move(asking_s, step)
+        self.steps_left = max(0, self.steps_left - 1)
+
+    def go_on(self) -> None:
+        """Takes the best length for a while, then the longest one for a few steps."""
+        longest = len(self.more) - 1
+        if not self.trying and self.best < longest:
+            self.length, self.steps_left, self.trying = longest, _TRIAL, True
+            return
+        best = self._best()
+        # Neighbours are so nearly equal that going to and fro between them is no news.
+        self.wait = min(2 * self.wait, _LONGEST_WAIT) if abs(best - self.best) <= 1 else _FIRST_WAIT
+        self.best, self.length, self.steps_left, self.trying = best, best, self.wait, False
+
+    def _best(self) -> int:
+        """The length that saves most, less what asking for it takes, which lies between that of the known ones."""
+        known = sorted(self.asking)
+        takes = np.interp(range(len(self.more)), known, [self.asking[k].value for k in known])
+        return int((np.cumsum([one.value for one in self.more]) - takes).argmax())
 
 
 class Asking:
-    """For drafts of which length the drafters are asked: the one that has saved most, less the time that it took.
+    """For drafts of which length the drafters are asked: the one that saves most, less the time that it takes.
 
-    Whether a draft is taken is decided when it is there; this decides whether it is made. All lengths are tried at
-    first, and others than the best now and then, the less often the longer it has remained the best.
+    Whether a draft is taken is decided when it is there; this decides whether it is made. A draft tells what each of
+    its beginnings would have saved, so that lengths are compared on the same steps and need not be tried one by one.
+    The longest one is tried now and then, the less often the longer that has changed nothing.
     """
 
     def __init__(self) -> None:
@@ -233,41 +273,26 @@ class Asking:
         """What to ask for in the next step, 0 for nothing, up to ``longest``."""
         load = self._load(rows, longest)
         if load.steps_left == 0:
-            load.length, load.steps_left = self._next(load)
+            load.go_on()
         return load.length
 
-    def learned(self, rows: int, longest: int, length: int, saved: float) -> None:
-        """Learns what a step has saved, in seconds, less than nothing if asking took more; once for each."""
-        load = self._load(rows, longest)
-        known = load.lengths[length]
-        known.steps += 1
-        step = max(_TRIAL_STEP if load.trying else _MEAN_STEP, 1 / known.steps)
-        known.saved = saved if known.steps == 1 else known.saved + step * (saved - known.saved)
-        load.steps_left = max(0, load.steps_left - 1)
+    def learned(self, rows: int, longest: int, saved: Sequence[float], asking_s: float) -> None:
+        """Learns from a step, once for each.
+
+        Args:
+            rows: As for :meth:`length`.
+            longest: As for :meth:`length`.
+            saved: Seconds that it has saved, had it been asked for drafts of 0, 1 … tokens; longer ones save what the
+                last one does.
+            asking_s: What asking took, and learning from what came of it.
+        """
+        self._load(rows, longest).learned(saved, asking_s)
 
     def _load(self, rows: int, longest: int) -> _Load:
-        key = _rounded(rows), longest
+        key = rows.bit_length(), longest
         if key not in self._loads:
-            self._loads[key] = _Load([_Asked() for _ in range(longest + 1)])
+            self._loads[key] = _Load(longest)
         return self._loads[key]
-
-    @staticmethod
-    def _next(load: _Load) -> tuple[int, int]:
-        """The length to ask for next, and for how many steps."""
-        lengths = load.lengths
-        for length in range(len(lengths) - 1, -1, -1):
-            if not lengths[length].steps:
-                return length, _TRIAL
-        best = max(range(len(lengths)), key=lambda length: lengths[length].saved)
-        others = [length for length in range(len(lengths)) if length != best]
-        if load.trying or not others:
-            load.wait = min(2 * load.wait, _LONGEST_WAIT) if best == load.best else _FIRST_WAIT
-            load.best, load.trying = best, False
-            return best, load.wait
-        load.trying, load.trials = True, load.trials + 1
-        other = min(others, key=lambda length: lengths[length].tried)
-        lengths[other].tried = load.trials
-        return other, _TRIAL
 
 
 class Goodput:
@@ -280,18 +305,25 @@ class Goodput:
         cost: It goes on learning.
         acceptance: Of all sources.
         asking: For how long drafts it pays to ask.
-        saved: Seconds that the drafts of the last step are expected to save.
+        saved: Seconds that the drafts of the last step are expected to save, had they been asked for with 0, 1 …
+            tokens, up to the longest one.
     """
 
     def __init__(self, cost: Cost | None = None) -> None:
         self.cost = cost or Cost()
         self.acceptance = Acceptance()
         self.asking = Asking()
-        self.saved = 0.0
+        self.saved = [0.0]
         self._steps = 0
 
     def choose(
-        self, candidates: Sequence[Sequence[Proposal]], decided: Sequence[int], keys: int, *, longest: bool = False
+        self,
+        candidates: Sequence[Sequence[Proposal]],
+        decided: Sequence[int],
+        keys: int,
+        *,
+        given: Sequence[int] = (),
+        longest: bool = False,
     ) -> list[Proposal]:
         """The drafts of one step.
 
@@ -299,10 +331,12 @@ class Goodput:
             candidates: What the drafters propose for each row, perhaps nothing.
             decided: Tokens that each row reads in any case.
             keys: Slots of the longest row before the step.
+            given: Tokens at the beginning of each row's proposals for which no drafter was asked; left out: none.
             longest: Whether to take the drafts whole, whatever they cost.
 
         Returns:
-            For each row its best candidate, cut to the length at which tokens per second are highest.
+            For each row its best candidate, cut where the row with the most tokens ends: so many that tokens per second
+            are highest. What other rows read up to there is padding otherwise.
         """
         best, gains = list[Proposal](), list[list[float]]()
         for proposals in candidates:
@@ -310,31 +344,39 @@ class Goodput:
             gain, proposal = max(found, key=lambda one: sum(one[0]), default=([], Proposal()))
             best.append(proposal)
             gains.append(gain)
-        self.saved, most = 0.0, max(map(len, gains))
-        if longest or not most:
+        self.saved = [0.0]
+        if longest or not any(gains):
             return best
-        brought, tokens = _advances(gains, decided, most)
-        seconds = [self.cost.seconds(Shape(len(gains), max(1, n), keys + n)) for n in tokens]
-        length = max(range(most + 1), key=lambda k: brought[k] / seconds[k])
-        self.saved = brought[length] * seconds[0] / max(brought[0], 1e-9) - seconds[length]
+        least, brought = _advances(gains, decided, given or [0] * len(gains))
+        widths = range(least, least + len(brought[0]))
+        seconds = [self.cost.seconds(Shape(len(gains), max(1, width), keys + width)) for width in widths]
+        worth = seconds[0] / max(brought[0][0], 1e-9)
+        self.saved = [max(b * worth - s for b, s in zip(some, seconds, strict=True)) for some in brought]
+        more = max(range(len(seconds)), key=lambda i: brought[-1][i] / seconds[i])
         self._steps += 1
         if self._steps % EXPLORE_EVERY == 0:
-            longer = length == 0 or (self._steps // EXPLORE_EVERY % 2 == 0 and length < most)
-            length += 1 if longer else -1
-        return [proposal.first(length) for proposal in best]
+            longer = more == 0 or (self._steps // EXPLORE_EVERY % 2 == 0 and more + 1 < len(seconds))
+            more += 1 if longer else -1
+        return [one.first(max(0, least + more - n)) for one, n in zip(best, decided, strict=True)]
 
 
-def _advances(gains: Sequence[Sequence[float]], decided: Sequence[int], most: int) -> tuple[list[float], list[int]]:
-    """For drafts of at most 0, 1 … ``most`` tokens: by how many all rows advance, and how many the longest one reads.
+def _advances(
+    gains: Sequence[Sequence[float]], decided: Sequence[int], given: Sequence[int]
+) -> tuple[int, list[list[float]]]:
+    """By how many tokens all rows advance. Who reads advances by one, and by what the draft brings.
 
-    Who reads advances by one, and by what the draft brings.
+    Returns:
+        How many tokens the longest row reads without drafts; and for drafters that were asked for 0, 1 … tokens, what
+        comes of it if no row may read more than 0, 1 … tokens beyond those.
     """
-    more, tokens = [0.0] * (most + 1), [max(decided)] * (most + 1)
-    for n, gain in zip(decided, gains, strict=True):
-        if n:
-            more[0] += 1
-            for k, one in enumerate(gain, 1):
-                more[k] += one
-        for k in range(1, most + 1):
-            tokens[k] = max(tokens[k], n + min(k, len(gain)))
-    return list(accumulate(more)), tokens
+    rows = list(zip(decided, given, gains, strict=True))
+    least, widest = max(decided), max(n + len(gain) for n, _, gain in rows)
+    found, advances = [float(sum(n > 0 for n in decided))] * (widest - least + 1), []
+    for k in range(1 + max(0, *(len(gain) - free for _, free, gain in rows))):
+        more = [0.0] * len(found)
+        for n, free, gain in rows:
+            for i in range(free + k - 1 if k else 0, min(free + k, len(gain))):
+                more[max(0, n + i + 1 - least)] += gain[i]
+        found = [before + new for before, new in zip(found, accumulate(more), strict=True)]
+        advances.append(found)
+    return least, advances

@@ -91,7 +91,8 @@ class Speculation:
             self._length = self.goodput.asking.length(self._asked_rows, self._max_tokens)
         found = self._asked(asking)
         candidates = [[] if wish is None else self._candidates(wish, next(found), begin_write) for wish in wishes]
-        return self.goodput.choose(candidates, decided, keys, longest=self._fixed)
+        given = [int(wish is not None and wish.words > 0) for wish in wishes]
+        return self.goodput.choose(candidates, decided, keys, given=given, longest=self._fixed)
 
     def _asked(self, wishes: Sequence[Wish]) -> Iterator[list[Proposal]]:
         """For each wish what the drafters propose."""
@@ -144,8 +145,7 @@ class Speculation:
         self.forwards += 1
         self.goodput.cost.measured(shape, seconds)
         if self._asked_rows:
-            saved = self.goodput.saved - asking_s
-            self.goodput.asking.learned(self._asked_rows, self._max_tokens, self._length, saved)
+            self.goodput.asking.learned(self._asked_rows, self._max_tokens, self.goodput.saved, asking_s)
 
 
 def _asker(drafter: Drafter) -> Callable[[Sequence[Context], int], list[Proposal]]:

@@ -146,56 +146,105 @@ def test_the_next_length_is_tried_now_and_then() -> None:
     assert lengths.count(1) == lengths.count(3) == 4 and lengths.count(2) == len(lengths) - 8
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.floats(0.01, 1), max_size=4)), min_size=1, max_size=5))
-def test_what_a_length_brings_is_summed_over_the_rows(rows: list[tuple[int, list[float]]]) -> None:
-    """Against a sum for each length by itself."""
-    decided, gains = [n for n, _ in rows], [gain if n else [] for n, gain in rows]
-    most = max(map(len, gains))
-    brought, tokens = _advances(gains, decided, most)
-    for k in range(most + 1):
-        assert brought[k] == pytest.approx(sum(1 + sum(g[:k]) for n, g in zip(decided, gains, strict=True) if n))
-        assert tokens[k] == max(n + len(g[:k]) for n, g in zip(decided, gains, strict=True))
+def test_a_draft_fills_the_room_beside_a_longer_row() -> None:
+    """What is padding otherwise costs nothing."""
+    goodput = Goodput()
+    run_on(goodput.cost, 3000)
+    drafts = goodput.choose([[chain([0.4] * 6)], [chain([0.4] * 6)], []], [1, 3, 2], 100)
+    assert len(drafts[0].sure) == len(drafts[1].sure) + 2
+
+
+#: Of each row the tokens that it reads, those given of its draft, and the draft's probabilities.
+rows_ = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 1), st.lists(st.floats(0.01, 1), max_size=4)).map(
+        lambda row: row if row[0] else (0, 0, [])
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_)
+def test_what_a_width_brings_is_summed_over_the_rows(rows: list[tuple[int, int, list[float]]]) -> None:
+    """Against a sum for each width and each length that was asked for by itself."""
+    decided, given_, gains = [n for n, _, _ in rows], [free for _, free, _ in rows], [gain for _, _, gain in rows]
+    least, brought = _advances(gains, decided, given_)
+    assert least == max(decided)
+    assert least + len(brought[0]) - 1 == max(n + len(gain) for n, gain in zip(decided, gains, strict=True))
+    for asked, some in enumerate(brought):
+        for more, one in enumerate(some):
+            assert one == pytest.approx(
+                sum(1 + sum(gain[: min(free + asked, max(0, least + more - n))]) for n, free, gain in rows if n)
+            )
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_, st.integers(0, 4))
+def test_a_draft_tells_what_a_shorter_one_would_have_saved(
+    rows: list[tuple[int, int, list[float]]], asked: int
+) -> None:
+    """As if the drafters had been asked for no more."""
+    goodput, shorter = Goodput(), Goodput()
+    run_on(goodput.cost, 300)
+    shorter.cost = goodput.cost
+    decided, given_ = [n for n, _, _ in rows], [free for _, free, _ in rows]
+    goodput.choose([[chain(gain)] for _, _, gain in rows], decided, 50, given=given_)
+    shorter.choose([[chain(gain[: free + asked])] for _, free, gain in rows], decided, 50, given=given_)
+    assert goodput.saved[min(asked, len(goodput.saved) - 1)] == pytest.approx(shorter.saved[-1])
 
 
 # ------------------------------------------------------------------------------------------------------- asking
 
 
-def asked(asking: Asking, steps: int, saved: Callable[[int], float], rows: int = 1) -> list[int]:
+def asked(
+    asking: Asking, steps: int, saved: Callable[[int], float], takes: Callable[[int], float], rows: int = 1
+) -> list[int]:
     """The lengths that were asked for."""
     lengths = []
     for _ in range(steps):
-        lengths.append(asking.length(rows, 4))
-        asking.learned(rows, 4, lengths[-1], saved(lengths[-1]))
+        lengths.append(length := asking.length(rows, 4))
+        asking.learned(rows, 4, [saved(k) for k in range(length + 1)], takes(length))
     return lengths
 
 
 @pytest.mark.parametrize("best", range(5))
 def test_the_length_that_saves_most_is_asked_for(best: int) -> None:
-    chance = random.Random(best)
-    asking = Asking()
-    lengths = asked(asking, 6000, lambda n: 1e-3 - 2e-4 * abs(n - best) + chance.gauss(0, 3e-4))
-    assert set(lengths[:20]) == set(range(5))
+    """After tokens that save more than asking for them takes come others that do not."""
+    chance, asking = random.Random(best), Asking()
+
+    def saved(k: int) -> float:
+        return size * (4e-4 * min(k, best) + 1e-4 * max(0, k - best))
+
+    lengths = []
+    for _ in range(6000):
+        size = 2 * chance.random()
+        lengths += asked(asking, 1, saved, lambda k: 2e-4 * k * chance.uniform(0.5, 1.5))
+    assert set(lengths[:20]) == {4}
     assert lengths[3000:].count(best) > 0.97 * 3000
-    assert set(lengths[3000:]) != {best}
+    assert set(lengths[3000:]) == {best, 4}
+
+
+def test_lengths_that_are_not_best_are_not_tried() -> None:
+    assert set(asked(Asking(), 3000, lambda k: 1e-3 * min(k, 2), lambda k: 1e-4 * k)) == {4, 2}
 
 
 def test_a_drafter_that_never_pays_is_seldom_asked() -> None:
     """Its trials become rare, so that they cost little, though each costs a lot."""
     asking = Asking()
-    lengths = asked(asking, 10_000, lambda n: -5e-3 * n)
+    lengths = asked(asking, 10_000, lambda k: 0.0, lambda k: 5e-3 * k)
     assert sum(map(bool, lengths[1000:])) < 0.01 * 9000
     # And once it pays, it is asked again.
-    lengths = asked(asking, 30_000, lambda n: 5e-3 * n)
+    lengths = asked(asking, 30_000, lambda k: 5e-3 * k, lambda k: 1e-3)
     assert lengths[-4000:].count(4) > 0.9 * 4000
 
 
 def test_each_load_has_its_own_length() -> None:
     asking = Asking()
-    lengths = {1: [], 16: []}
+    lengths: dict[int, list[int]] = {1: [], 16: []}
     for _ in range(100):
-        for rows, saves in ((1, 1e-3), (16, -1e-3)):
-            lengths[rows] += asked(asking, 7, lambda n, saves=saves: saves * n, rows)
+        lengths[1] += asked(asking, 7, lambda k: 1e-3 * k, lambda k: 0.0, 1)
+        lengths[16] += asked(asking, 7, lambda k: 1e-3 * k, lambda k: 2e-3 * k, 16)
     assert lengths[1][350:].count(4) > 0.9 * 350 and lengths[16][350:].count(0) > 0.9 * 350
 
 
