@@ -113,7 +113,7 @@ async function talk(own) {
   session.declare(Math.round(source.rateHz), languages, $("latency").value || "medium");
   const showLive = () => setState("live", source.durationMs === null ? "Live" : "Reading");
   session.onLink = (isUp) => {
-    if (!isUp) setState("connecting", "Connecting again");
+    if (!isUp) setState("lost", "Connecting again");
     else if (own.isFinishing) setState("finishing", "Finishing");
     else showLive();
   };
@@ -124,6 +124,7 @@ async function talk(own) {
     sentMs += pcm.byteLength / session.bytesPerMs;
     showLevel(peak);
     showProgress(sentMs, source.durationMs);
+    if ($("state").dataset.state === "lost") showDelay(session.waitingMs);
     if (session.waitingMs > MAX_WAITING_MS) giveUp(session);
   };
   const untilRoom = async () => {
@@ -163,7 +164,7 @@ function take(event) {
     case "session.input_transcript.delta":
       panes.get("").push(event);
       heardMs = Math.max(heardMs, offsetMs + event.emitted_ms);
-      showDelay(event);
+      showDelayOf(event);
       break;
     case "session.output_transcript.delta":
       panes.get(event.language).push(event);
@@ -284,11 +285,14 @@ function clock(ms) {
 }
 
 /** How long after its last word a caption came: audio that had to be heard, time to work, time to be sent. */
-function showDelay(event) {
+function showDelayOf(event) {
   const isLive = running?.source?.durationMs === null || $("paced").checked;
   $("delay").hidden = !isLive;
   if (!isLive || event.words.length === 0) return;
-  const delayMs = event.emitted_ms - event.end_ms + (event.backlog_ms ?? 0) + running.session.waitingMs;
+  showDelay(event.emitted_ms - event.end_ms + (event.backlog_ms ?? 0) + running.session.waitingMs);
+}
+
+function showDelay(delayMs) {
   $("delay-value").textContent = `${(Math.max(0, delayMs) / 1000).toFixed(1)} s`;
   $("delay").classList.toggle("late", delayMs > 3000);
 }

@@ -5,8 +5,13 @@ const SUBPROTOCOL = "dragoman.v1";
 const KEPT_BYTES = 16 << 20; // sent last, and kept for a service that might not have got it
 const MIN_BACKOFF_MS = 100; // between attempts to connect again, growing
 const MAX_BACKOFF_MS = 5000;
+// What may pass. Whoever was let in before is of no foreign origin: the network came back before the reason was asked.
+const PASSING = ["unreachable", "origin", "full"];
 
-/** Why there is no session; `code` is the service's, or `unauthorized`, `full`, `refused`, `unreachable` or `connection_lost`. */
+/**
+ * Why there is no session; `code` is the service's, or `unauthorized`, `full`, `origin`, `refused`, `unreachable` or
+ * `connection_lost`.
+ */
 export class ServiceError extends Error {
   constructor(code, message) {
     super(message);
@@ -62,7 +67,7 @@ async function whyRefused(address, token) {
       return new ServiceError("full", FULL);
     case 426: // it would have been let in, had it not been a page
       return new ServiceError(
-        "refused",
+        "origin",
         `The service does not let this page in. Start it with --allow-origin ${location.origin}.`,
       );
     default:
@@ -115,7 +120,8 @@ export class Session {
   take(event) {
     if (event.seq <= this.seq) return; // it came before the connection was lost
     this.seq = event.seq;
-    if (event.type === "error") this.problem = new ServiceError(event.error.code, sentence(event.error.message));
+    const { code, message } = event.error ?? {};
+    this.problem = code ? new ServiceError(code, sentence(message)) : null; // after an error the session may go on
     this.onEvent(event);
     if (event.type === "session.closed") {
       this.isOver = true;
@@ -148,7 +154,7 @@ export class Session {
         for (const message of this.kept.slice(event.messages - this.keptFrom)) socket.send(message);
         return this.onLink(true);
       } catch (error) {
-        if (error.code !== "unreachable" || performance.now() + backoffMs > giveUpAt) {
+        if (!PASSING.includes(error.code) || performance.now() + backoffMs > giveUpAt) {
           return this.fail(new ServiceError("connection_lost", LOST));
         }
       }

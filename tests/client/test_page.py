@@ -6,9 +6,10 @@ import string
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import soundfile
 
@@ -16,9 +17,11 @@ import server
 from client.output import OutputFormat, make_writer
 from models.recognizer import Recognizer
 from streaming import scheduler
+from streaming.audio import AudioFormat
 from streaming.events import Event, TranscriptDelta, TranslationDelta, Word, parse_event
+from streaming.session import SessionConfig
 from tests.browser import Page, needs_chromium, open_page
-from tests.fakes import FakeRecognizer, FakeTranslator, running_service, tone
+from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, running_service, tone
 from tests.proxy import Proxy
 
 FOLDER: Final = Path(__file__).parents[2] / "client" / "page"
@@ -80,9 +83,13 @@ async def captions(page: Page, language: str = "") -> list[str]:
 
 def told_paragraphs(page: Page, language: str = "") -> list[str]:
     """The paragraphs of a text as the service told them."""
+    return paragraphs_of(page.told, language)
+
+
+def paragraphs_of(events: Sequence[dict[str, Any]], language: str) -> list[str]:
     kind = f"session.{'output' if language else 'input'}_transcript.delta"
     paragraphs = [""]
-    for event in page.told:
+    for event in events:
         if event["type"] == kind and event.get("language", "") == language:
             paragraphs[-1] += event["delta"]
             paragraphs += [""] * event["endpoint"]
@@ -415,23 +422,78 @@ async def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         await page.until("document.getElementById('problem').textContent.includes('letter.wav cannot be read')")
 
 
+# The page asks over HTTP why a WebSocket was refused: only when a test says that nothing has been asked.
+ASK_LATE: Final = """globalThis.asked = 0, globalThis.fetch = ((fetch) => async (...request) => {
+    globalThis.asked += 1;
+    while (globalThis.asked) await new Promise((resolve) => setTimeout(resolve, 10));
+    return fetch(...request);
+})(fetch), null"""
+
+
 @needs_chromium
-async def test_a_session_goes_on_over_another_connection(tmp_path: Path, recording: Path) -> None:
-    async with running_service(max_sessions=1) as url, Proxy(url) as proxy, open_page(tmp_path) as page:
+@pytest.mark.parametrize("source", ["file", "microphone"])
+async def test_a_session_goes_on_over_another_connection(
+    source: str, tmp_path: Path, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The captions are those of all that was said, as if nothing had happened."""
+    heard = bytearray()
+
+    class Recorded(FakeSession):
+        def write(self, pcm: bytes | npt.NDArray[Any]) -> None:
+            heard.extend(bytes(pcm))
+            super().write(pcm)
+
+    async def more_words(page: Page) -> None:
+        written = "(document.querySelector('.log')?.textContent.length ?? 0)"
+        await page.until(f"{written} > {await page.evaluate(written)}")
+
+    monkeypatch.setattr(scheduler, "Session", Recorded)
+    playing = write_recording(tmp_path / "mic.wav", HEARD)
+    async with (
+        running_service(max_sessions=1, translator=FakeTranslator()) as url,
+        Proxy(url) as proxy,
+        open_page(tmp_path, playing) as page,
+    ):
         await load(page, proxy.url)
-        await page.click("input[value=file]")
-        await page.choose_file("#file", recording)
-        await page.click("#paced")
+        await page.click("#languages input[value=es]")
+        await page.click(f"input[value={source}]")
+        if source == "file":
+            await page.choose_file("#file", recording)
+            await page.click("#paced")
+        await page.evaluate(ASK_LATE)
         await page.click("#start")
-        for _ in range(2):
-            words = await page.evaluate("document.querySelector('.log')?.textContent.length ?? 0")
-            await page.until(f"(document.querySelector('.log')?.textContent.length ?? 0) > {words}")
+        await more_words(page)
+        began_s = time.monotonic()
+        for waiting_s in (0.0, 0.5 if source == "file" else 2.0):
+            await more_words(page)
             proxy.cut()
             await state_is(page, "Connecting again")
+            assert await page.evaluate("document.getElementById('state').dataset.state") == "lost"
+            await page.until(f"parseFloat(document.getElementById('delay-value').textContent) >= {waiting_s}")
+            await page.until("globalThis.asked > 0")  # why it was refused, which it is told when it would not be
             proxy.mend()
+            await page.evaluate("globalThis.asked = 0")
+        if source == "microphone":
+            await state_is(page, "Live")
+            await more_words(page)
+            await page.click("#start")
+            spoken_ms = 1_000 * (time.monotonic() - began_s)
         await state_is(page, "Ready")
-        assert await captions(page) == ["w20 w40 w60", "w80 w30 w50", "w70"]
         assert await problem(page) == "" and proxy.connections > 2
+        updated = next(event["session"] for event in page.told if event["type"] == "session.updated")
+        fmt = AudioFormat(sample_rate_hz=updated["audio"]["input"]["format"]["rate"])
+        alone = FakeSession(None, SessionConfig(fmt, languages=("es",)), FakeTranslator())
+        alone.write(bytes(heard))
+        alone.close_input()
+        while alone.ready():
+            alone.step()
+        events = [event.to_dict() for event in alone.take_events()]
+        for language in ("", "es"):
+            assert await captions(page, language) == paragraphs_of(events, language)
+        if source == "file":
+            assert await captions(page) == ["w20 w40 w60", "w80 w30 w50", "w70"]
+        else:
+            assert events[-1]["audio_ms"] - events[0]["emitted_ms"] > spoken_ms - 1_000
 
 
 @needs_chromium
