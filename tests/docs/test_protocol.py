@@ -137,10 +137,15 @@ def test_limits_and_close_codes() -> None:
         f" {scheduler._MAX_WAITING_EVENTS} ",
         f" {handler._SEND_TIMEOUT_S:g} s ",
         f" {defaults.idle_timeout_s:g} s ",
+        f" {server.GOODBYE_TIMEOUT_S:g} s ",
+        f" {handler._RESUME_TIMEOUT_S:g} s ",
         f" `--resume-s`, {defaults.resume_s:g} s ",
         f" audio that a session is behind for {scheduler._LATE_S:g} s ",
     ):
         assert f"|{number}|" in limits or f"| {number.strip()} |" in limits
+    gone_s = defaults.idle_timeout_s + server.GOODBYE_TIMEOUT_S
+    assert f"takes up a place for {gone_s:g} s after its\nlast message" in limits
+    assert f"so for {defaults.resume_s + server.GOODBYE_TIMEOUT_S:g} s after its last event" in limits
     listed = set(map(int, re.findall(r"^\| (1\d{3}) \|", SERVICE, re.M)))
     assert listed == {*map(int, CloseCode), 1009}
     (health,) = examples(SERVICE.split("\n## Health and readiness\n")[1])
