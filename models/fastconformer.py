@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from models.config import SUBSAMPLING_FACTOR, EncoderConfig
 from models.linear import Linear
 from models.lookahead import Scheduler
+from models.rows import parted
 
 #: Slots of the first group that lie before the first mel frame.
 LEADING_SLOTS = SUBSAMPLING_FACTOR - 1
@@ -104,7 +105,14 @@ class EncoderState:
 
     def rows(self) -> list[EncoderState]:
         """Every row as a state of its own."""
-        return [self] if len(self.frames) == 1 else [self.row(i) for i in range(len(self.frames))]
+        if len(self.frames) == 1:
+            return [self]
+        stages = (parted(cache, 0) for cache in self.subsampling)
+        caches = zip(*stages, parted(self.attention, 2), parted(self.conv, 1), strict=True)
+        return [
+            EncoderState(self.frames[i : i + 1].clone(), (first, second, third), attention, conv)
+            for i, (first, second, third, attention, conv) in enumerate(caches)
+        ]
 
 
 class LayerWeights(NamedTuple):

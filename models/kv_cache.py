@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.rows import parted
+
 
 @dataclass
 class KvCache:
@@ -68,7 +70,10 @@ class KvCache:
 
     def rows(self) -> list[KvCache]:
         """Every row as a cache of its own."""
-        return [self] if len(self.lengths) == 1 else [self.row(i) for i in range(len(self.lengths))]
+        if len(self.lengths) == 1:
+            return [self]
+        on_host = (parted(x, 0) for x in (self.positions, self.lengths, self.next_positions))
+        return [KvCache(*row) for row in zip(parted(self.memory, 2), *on_host, strict=True)]
 
     def copy(self) -> KvCache:
         """The same past in other memory."""

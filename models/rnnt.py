@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DecoderConfig
+from models.rows import parted
 
 
 @dataclass
@@ -43,6 +44,11 @@ class PredictorState:
         """A copy of one row, as a state of batch 1."""
         at = slice(index, index + 1)
         return PredictorState(self.hidden[:, at].clone(), self.cell[:, at].clone(), self.output[at].clone())
+
+    def rows(self) -> list[PredictorState]:
+        """Every row as a state of its own."""
+        rows = zip(parted(self.hidden, 1), parted(self.cell, 1), parted(self.output, 0), strict=True)
+        return [PredictorState(*row) for row in rows]
 
 
 class Transducer(nn.Module):

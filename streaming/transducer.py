@@ -62,7 +62,11 @@ class DecoderState:
 
     def rows(self) -> list[DecoderState]:
         """Every row as a state of its own."""
-        return [self] if len(self.frames) == 1 else [self.row(i) for i in range(len(self.frames))]
+        if len(self.frames) == 1:
+            return [self]
+        predictors = [None] * len(self.frames) if self.predictor is None else self.predictor.rows()
+        rows = zip(self.frames, predictors, self.last, strict=True)
+        return [DecoderState([frames], predictor, [last]) for frames, predictor, last in rows]
 
 
 class TransducerSearch:
