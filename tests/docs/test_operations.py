@@ -118,6 +118,9 @@ def test_the_fields_of_a_recording() -> None:
         assert set(kind.FIELDS) <= listed
     assert all(f"`{form}`" in section for form in FORMATS)
     asgi = pytest.importorskip("asgi")
+    source = (ROOT / "asgi.py").read_text("utf-8")
+    codes = re.findall(r'(?:DragomanError\(|_Refusal\([\w.]+, |code = |" else )"(\w+)"', source)
+    assert len(codes) > 5 and all(f"`{code}`" in section for code in codes if code != "invalid_value")
     assert f"at most {asgi.MAX_UPLOAD_BYTES >> 20} MiB" in section and f"{asgi.MAX_WAITING} more wait" in section
     assert f"last {asgi.MAX_RECORDING_S // 3600} hours, and {asgi._UPLOAD_TIMEOUT_S:g} s may pass" in section
 
