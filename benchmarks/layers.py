@@ -77,7 +77,7 @@ def measure(translator: Translator, texts: list[str], *, target: str, words: int
     """
     [talk] = talks_of(texts, 1, words + tried_words)
     how, listener = {"target": target, "latency": "medium"}, Listener(words)
-    translate(translator, [talk[:words]], lambda: Speculation([listener], cost=None), **how)
+    translate(translator, [talk[:words]], lambda: Speculation([listener], fixed=True), **how)
     found = search_layers(translator, listener.writes, overhead=overhead(translator.llm))
     best = max(found, key=lambda one: one.speedup)
     views: list[DraftModel] = []

@@ -303,6 +303,8 @@ class Written(NamedTuple):
 class Listener:
     """A drafter that proposes nothing and keeps the last writes of its engine, for :func:`search_layers`.
 
+    It hears them all where drafts have a fixed length: a controller soon leaves a drafter alone that brings nothing.
+
     Args:
         limit: How many are kept.
     """

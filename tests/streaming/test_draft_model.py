@@ -213,7 +213,7 @@ def test_a_view_is_the_model_that_has_the_other_layers_only() -> None:
 
 def listened(t: Translator) -> Listener:
     listener = Listener()
-    interpreter = Interleaved(t, Speculation([listener]))
+    interpreter = Interleaved(t, Speculation([listener], fixed=True))
     chunks, _ = run(interpreter, fed(interpreter, begun(t, ["es"], {}), SPOKEN))
     written = [one.tokens[one.begin :] for one in listener.writes]
     ended = [c.ids for c, tokens in zip(chunks, written, strict=True) if tokens == (*c.ids, t.end_of_write)]
