@@ -23,7 +23,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -98,17 +100,24 @@ def service(folder: Path | None, sessions: int) -> Iterator[tuple[str, int]]:
     command += [] if folder is None else ["--model", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stderr is not None
-        found = None
-        while found is None:
-            line = process.stderr.readline()
-            if not line:
-                raise RuntimeError(f"the server has ended with {process.wait()} before it listened")
-            found = re.search(r"listening at (\S+)", line)
-        yield found[1], process.pid
+        yield listening(process), process.pid
     finally:
         process.terminate()
         process.wait(_GRACE_S)
+
+
+def listening(process: subprocess.Popen[str]) -> str:
+    """Where a server says that it listens; what else it says is read, too, or it would wait for its reader one day.
+
+    Raises:
+        RuntimeError: It has ended instead.
+    """
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"listening at (\S+)", line):
+            threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
+            return found[1]
+    raise RuntimeError(f"the server has ended with {process.wait()} before it listened")
 
 
 async def speak(url: str, audio: np.ndarray, begin_s: float, languages: Sequence[str]) -> Heard:
