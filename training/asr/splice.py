@@ -188,7 +188,7 @@ def cut_packed(packed: Path, recognizer: Recognizer) -> int:
     lines, audio = read_index(packed), np.memmap(packed / "audio.i16", np.int16, "r")
     for line in track(lines, description=f"aligning {packed.name}"):
         begin = line["offset_samples"]
-        samples = audio[begin : begin + line["n_samples"]].astype(np.float32) / 32768
+        samples = audio[begin : begin + line["n_samples"]].astype(np.float32) / np.float32(32768)
         cuts = align(recognizer, samples, line["text"])
         line["cuts_samples"] = cuts if cuts is not None and len(cuts) == len(line["text"].split()) + 1 else []
     partial = packed / f"{INDEX}.part"
