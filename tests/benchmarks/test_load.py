@@ -9,9 +9,11 @@ import pytest
 
 from benchmarks.load import listening
 
-CHATTERS = (
-    "import sys; print('listening at ws://here', file=sys.stderr, flush=True); sys.stderr.write('word\\n' * 100_000)"
-)
+CHATTERS = """
+import sys
+print("listening at ws://here", file=sys.stderr, flush=True)
+sys.stderr.write("word\\n" * 100_000)
+"""
 
 
 def started(program: str) -> subprocess.Popen[str]:
