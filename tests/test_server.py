@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -114,6 +116,35 @@ async def test_a_session_from_its_first_to_its_last_event() -> None:
         assert words(rest) == " w40 w60"
         assert rest[-1] == {"type": "session.closed", "seq": 5, "audio_ms": 1200}
         assert connection.close_code == 1000
+
+
+@pytest.mark.parametrize("path", [server.PATH, "/v1/realtime", "/v1/listen?encoding=linear16&sample_rate=16000"])
+async def test_what_a_session_held_goes_with_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = list[weakref.ref[scheduler.Stream]]()
+
+    def stream(notify: Callable[[], object]) -> scheduler.Stream:
+        made = scheduler.Stream(notify)
+        held.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(wire.handler, "Stream", stream)
+    gc.collect()
+    gc.disable()  # what waits for it waits for minutes, and a session is megabytes
+    try:
+        async with running_service(resume_s=0.2) as url:
+            for ends in (True, False, True):
+                async with connect(url.replace(server.PATH, path)) as connection:
+                    await connection.send(pcm([0.2, 0.4]))
+                    if not ends:
+                        connection.transport.abort()
+            async with connect(url):  # what the last one held in a frame goes with the next
+                for _ in range(100):
+                    if not any(one() for one in held[:3]):
+                        break
+                    await asyncio.sleep(0.05)
+                assert [one() for one in held[:3]] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_translations_come_with_the_audio_that_they_are_of() -> None:

@@ -120,18 +120,10 @@ class Conversation:
         self._said: deque[Frame] = deque()  # what its client may not have yet
         self._said_size = 0  # in characters or bytes
         self._first = 0  # number of the first of it
-        loop = asyncio.get_running_loop()
-
-        def notify() -> None:
-            with suppress(RuntimeError):  # the loop has been closed meanwhile
-                loop.call_soon_threadsafe(self._look)
-
-        self.stream = Stream(notify)
         self._told, self._room = asyncio.Event(), asyncio.Event()
-
-    def _look(self) -> None:
-        self._told.set()
-        self._room.set()
+        # It does not know the conversation: in a cycle, ended sessions would wait for the garbage collector, which is
+        # long in coming.
+        self.stream = Stream(partial(_notify, asyncio.get_running_loop(), self._told, self._room))
 
     async def room(self) -> None:
         """Wait until the engine takes more."""
@@ -181,6 +173,17 @@ class Conversation:
     def _forget(self) -> None:
         self._said_size -= len(self._said.popleft())
         self._first += 1
+
+
+def _notify(loop: asyncio.AbstractEventLoop, *events: asyncio.Event) -> None:
+    """Set events of a loop, from any thread."""
+
+    def look() -> None:
+        for event in events:
+            event.set()
+
+    with suppress(RuntimeError):  # the loop has been closed meanwhile
+        loop.call_soon_threadsafe(look)
 
 
 class Handler:
