@@ -9,9 +9,9 @@ of its own on, in pieces of 80 ms when their time has come. The lag of an event 
 needed was there. A number of sessions is held if 95 of 100 events are told within `HELD_MS`. Every session's events are
 compared with those of the same audio in a session alone.
 
-With ``--nemo``, the shape of the embedded model with random weights is served, and the same load is put on NeMo 3.0.0's
-own streaming pipeline with the same weights, in this process and without sockets, in chunks of the largest look-ahead:
-whenever it is free, it takes the next chunk of every stream that has one. Both have all cores that they want.
+With ``--nemo``, the same load is also put on NeMo 3.0.0's own streaming pipeline with the same weights, in this process
+and without sockets, in chunks of the largest look-ahead: whenever it is free, it takes the next chunk of every stream
+that has one. Both have all cores that they want.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ import torch
 import typer
 from websockets.asyncio.client import connect
 
+from benchmarks.nemo_reference import Shape, of_folder
 from benchmarks.speed import PIECE_SAMPLES, read_audio
-from models.checkpoint import load_recognizer
+from models.checkpoint import EMBEDDED_MODEL, load_recognizer
 from models.config import FRAME_SAMPLES
 from models.recognizer import Recognizer
 from models.translator import EMBEDDED_TRANSLATOR, Translator, load_translator
@@ -94,10 +95,9 @@ class Heard:
 
 
 @contextmanager
-def service(folder: Path | None, sessions: int) -> Iterator[tuple[str, int]]:
+def service(sessions: int) -> Iterator[tuple[str, int]]:
     """A server process; its URL and process id."""
     command = [sys.executable, "-m", "client.cli", "serve", "--port", "0", "--max-sessions", str(sessions)]
-    command += [] if folder is None else ["--model", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield listening(process), process.pid
@@ -176,11 +176,9 @@ def alone(
     return told([parse_event(event.to_json()) for event in session.push(pcm) + session.finish()])
 
 
-def ours(
-    audios: Sequence[np.ndarray], folder: Path | None, languages: Sequence[str], known: dict[int, list[Event]]
-) -> Level:
+def ours(audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int, list[Event]]) -> Level:
     """The load on our service; ``known`` is what each recording says alone."""
-    with service(folder, len(audios)) as (url, pid):
+    with service(len(audios)) as (url, pid):
 
         async def speakers() -> list[Heard]:
             begin_s = asyncio.get_running_loop().time() + 1.0 + 0.02 * len(audios)
@@ -215,14 +213,16 @@ def _level(engine: str, sessions: int, lags: Sequence[float], identical: bool | 
 # -------------------------------------------------------------------------------------------------------------- NeMo
 
 
-def nemo(archive: Path, audios: Sequence[np.ndarray], lookahead_frames: int) -> Level:
+def nemo(archive: Path, shape: Shape, audios: Sequence[np.ndarray]) -> Level:
     """The load on NeMo's pipeline. A step's lag counts for each of its streams, whether it brought text or not."""
     from nemo.collections.asr.inference.streaming.framing.request import Frame
     from nemo.collections.asr.inference.streaming.framing.request_options import ASRRequestOptions
 
     from benchmarks.pipeline import nemo_pipeline
 
-    pipeline, chunk = nemo_pipeline(archive, lookahead_frames, len(audios)), (lookahead_frames + 1) * FRAME_SAMPLES
+    lookahead_frames = max(shape.lookahead_frames)
+    pipeline = nemo_pipeline(archive, shape, lookahead_frames, len(audios))
+    chunk = (lookahead_frames + 1) * FRAME_SAMPLES
     chunks = [len(audio) // chunk for audio in audios]
 
     def frame(stream: int, k: int) -> Any:
@@ -280,19 +280,21 @@ def measure(
     """The curve of our service and, if asked for, NeMo's; each goes on up to the first number that it does not hold."""
     levels: list[Level] = []
     with ExitStack() as stack:
-        folder, runs = None, list[Callable[[Sequence[np.ndarray]], Level]]()
+        runs = list[Callable[[Sequence[np.ndarray]], Level]]()
         known: dict[int, dict[int, list[Event]]] = {}
         if beside_nemo:
-            folder, archive, lookahead = _random_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-            runs.append(lambda audios: nemo(archive, audios, lookahead))
-        recognizer = load_recognizer(folder)
+            reference = of_folder(EMBEDDED_MODEL)
+            archive = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.nemo"
+            reference.save_nemo(archive)
+            runs.append(lambda audios: nemo(archive, reference.shape, audios))
+        recognizer = load_recognizer()
         translator = load_translator(EMBEDDED_TRANSLATOR) if languages else None
 
         def own(audios: Sequence[np.ndarray]) -> Level:
             found = known.setdefault(len(audios), {})
             for i, one in enumerate(audios):
                 found[i] = alone(recognizer, translator, one, languages)
-            return ours(audios, folder, languages, found)
+            return ours(audios, languages, found)
 
         for run in [own, *runs]:
             for count in counts:
@@ -303,26 +305,12 @@ def measure(
     return levels
 
 
-def _random_model(folder: Path) -> tuple[Path, Path, int]:
-    """The embedded model's shape with random weights, as our folder and as NeMo's archive, and its look-ahead."""
-    from benchmarks.nemo_reference import build
-    from benchmarks.pipeline import BLANK_LEAD
-    from models.nemo import import_nemo
-
-    reference = build("embedded", seed=0)
-    with torch.no_grad():
-        reference.model.joint.joint_net[-1].bias[-1] += BLANK_LEAD
-    reference.save_nemo(folder / "model.nemo")
-    import_nemo(folder / "model.nemo", folder / "model")
-    return folder / "model", folder / "model.nemo", max(reference.config().encoder.lookahead_frames)
-
-
 def run(
     recording: Annotated[Path, typer.Argument(help="Any sound file that soundfile opens.")],
     sessions: Annotated[list[int] | None, typer.Option(help="Sessions at the same time; may be repeated.")] = None,
     seconds: Annotated[float, typer.Option(help="Length of each.")] = 30.0,
     to: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Translate into this language.")] = None,
-    beside_nemo: Annotated[bool, typer.Option("--nemo", help="Random weights, and NeMo's pipeline beside.")] = False,
+    beside_nemo: Annotated[bool, typer.Option("--nemo", help="NeMo's pipeline with the same weights beside.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Go on after a number that is not held.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
 ) -> None:

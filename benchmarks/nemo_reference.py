@@ -1,4 +1,4 @@
-"""NeMo itself, as the witness: models of the published shapes with seeded random weights.
+"""NeMo itself, as the witness: models of the published shapes with seeded random weights, or with a folder's own.
 
 This is the only file that imports NeMo, and it does so inside functions because the import takes ten seconds.
 No checkpoint is needed: two implementations that share a state dict must give the same numbers whatever the
@@ -11,6 +11,7 @@ Install with the ``nemo`` extra; the numbers are for NeMo 3.0.0.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import random
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.config import DecoderConfig, EncoderConfig, FeatureConfig, ModelConfig
@@ -48,6 +50,9 @@ class Shape:
     pred_layers: int = 1
     use_bias: bool = True
     xscaling: bool = True
+    subsampling_conv_channels: int = 256
+    left_context_frames: int = LEFT_CONTEXT_FRAMES
+    lookahead_frames: tuple[int, ...] = LOOKAHEAD_FRAMES
 
 
 SHAPES = {
@@ -99,10 +104,11 @@ class NemoReference:
                 n_layers=sizes.n_layers,
                 d_model=sizes.d_model,
                 n_heads=sizes.n_heads,
+                subsampling_conv_channels=sizes.subsampling_conv_channels,
                 use_bias=sizes.use_bias,
                 xscaling=sizes.xscaling,
-                left_context_frames=LEFT_CONTEXT_FRAMES,
-                lookahead_frames=LOOKAHEAD_FRAMES,
+                left_context_frames=sizes.left_context_frames,
+                lookahead_frames=sizes.lookahead_frames,
             ),
             vocab_size=sizes.vocab_size,
             decoder=None if self.kind == "ctc" else decoder,
@@ -133,7 +139,7 @@ class NemoReference:
 
     def set_lookahead(self, lookahead: int) -> None:
         """Sets the look-ahead in encoder frames; in NeMo it is one setting of the whole encoder."""
-        self.model.encoder.set_default_att_context_size([LEFT_CONTEXT_FRAMES, lookahead])
+        self.model.encoder.set_default_att_context_size([self.shape.left_context_frames, lookahead])
 
     @torch.inference_mode()
     def encode_offline(self, mel: Tensor, lengths: Tensor, lookahead: int) -> tuple[Tensor, Tensor]:
@@ -287,23 +293,60 @@ def build(shape: str, seed: int, kind: Kind = "hybrid") -> NemoReference:
     """
     sizes = SHAPES[shape]
     with _quiet(), torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        import nemo.collections.asr as nemo_asr
-        from omegaconf import OmegaConf
-
         torch.manual_seed(seed)
         _train_tokenizer(Path(folder), sizes.vocab_size, seed)
-        model_class = {
-            "hybrid": nemo_asr.models.EncDecHybridRNNTCTCBPEModel,
-            "rnnt": nemo_asr.models.EncDecRNNTBPEModel,
-            "ctc": nemo_asr.models.EncDecCTCModelBPE,
-        }[kind]
-        model = model_class(cfg=OmegaConf.create(_config(sizes, kind, folder)))
-        model.eval()
-        reference = NemoReference(model, sizes, kind)
+        reference = _made(sizes, kind, Path(folder))
         _randomize(reference)
-        # The artifacts' folder goes away: NeMo must have its files for save_nemo().
-        _keep_artifacts(model, Path(folder))
     return reference
+
+
+def of_folder(model: Path) -> NemoReference:
+    """Makes a NeMo model of a folder of ours, with its weights and its tokenizer.
+
+    Args:
+        model: Folder of a hybrid model that looks ahead in chunks, such as the embedded one.
+    """
+    config = ModelConfig.from_dict(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    encoder, decoder = config.encoder, config.decoder
+    assert decoder is not None and config.ctc and not encoder.adaptive
+    sizes = Shape(
+        n_layers=encoder.n_layers,
+        d_model=encoder.d_model,
+        n_heads=encoder.n_heads,
+        mel_bins=config.features.mel_bins,
+        vocab_size=config.vocab_size,
+        pred_hidden=decoder.pred_hidden,
+        pred_layers=decoder.pred_layers,
+        use_bias=encoder.use_bias,
+        xscaling=encoder.xscaling,
+        subsampling_conv_channels=encoder.subsampling_conv_channels,
+        left_context_frames=encoder.left_context_frames,
+        lookahead_frames=encoder.lookahead_frames,
+    )
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes((model / "tokenizer.model").read_bytes())
+        _list_pieces(Path(folder))
+        reference = _made(sizes, "hybrid", Path(folder))
+    weights = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+    missing, unknown = reference.model.load_state_dict(weights, strict=False)
+    assert not unknown and all(name.startswith("preprocessor.") for name in missing), (missing, unknown)
+    return reference
+
+
+def _made(sizes: Shape, kind: Kind, tokenizer_folder: Path) -> NemoReference:
+    import nemo.collections.asr as nemo_asr
+    from omegaconf import OmegaConf
+
+    model_class = {
+        "hybrid": nemo_asr.models.EncDecHybridRNNTCTCBPEModel,
+        "rnnt": nemo_asr.models.EncDecRNNTBPEModel,
+        "ctc": nemo_asr.models.EncDecCTCModelBPE,
+    }[kind]
+    model = model_class(cfg=OmegaConf.create(_config(sizes, kind, str(tokenizer_folder))))
+    model.eval()
+    # The artifacts' folder goes away: NeMo must have its files for save_nemo().
+    _keep_artifacts(model, tokenizer_folder)
+    return NemoReference(model, sizes, kind)
 
 
 def _keep_artifacts(model: Any, folder: Path) -> None:
@@ -372,12 +415,12 @@ def _encoder_config(sizes: Shape) -> dict[str, Any]:
         "use_bias": sizes.use_bias,
         "subsampling": "dw_striding",
         "subsampling_factor": 8,
-        "subsampling_conv_channels": 256,
+        "subsampling_conv_channels": sizes.subsampling_conv_channels,
         "causal_downsampling": True,
         "ff_expansion_factor": 4,
         "self_attention_model": "rel_pos",
         "n_heads": sizes.n_heads,
-        "att_context_size": [[LEFT_CONTEXT_FRAMES, lookahead] for lookahead in LOOKAHEAD_FRAMES],
+        "att_context_size": [[sizes.left_context_frames, lookahead] for lookahead in sizes.lookahead_frames],
         "att_context_style": "chunked_limited",
         "xscaling": sizes.xscaling,
         "untie_biases": True,
@@ -439,8 +482,14 @@ def _train_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
         eos_id=-1,
         minloglevel=2,
     )
+    _list_pieces(folder)
+
+
+def _list_pieces(folder: Path) -> None:
+    """Writes the plain list of pieces that NeMo keeps beside a tokenizer, and without which it refuses to start."""
+    import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    # NeMo keeps a plain list of the pieces beside the model and refuses to start without it.
     names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]
     (folder / "vocab.txt").write_text("\n".join(names))
 

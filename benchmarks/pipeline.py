@@ -4,10 +4,10 @@
 
 NeMo 3.0.0's cache-aware transducer pipeline (``nemo.collections.asr.inference``) reads wave files and streams them in
 chunks of one look-ahead. Ours takes the same samples: as `dragoman transcribe` does for several files together, and
-as a live client sends them, in pieces of 80 ms, for one stream. The weights are random, and what they write depends on
-the last bits of the features, which NeMo's pipeline computes chunk by chunk: the texts differ, and the letters of both
-are printed, because each costs time. Figures count processor seconds of one thread, which other processes disturb less
-than the clock; a live stream's is the share of one core that it takes.
+as a live client sends them, in pieces of 80 ms, for one stream. The weights are those of the embedded model, or random
+ones of a shape (``--shape``). NeMo's pipeline computes its features chunk by chunk, so that the texts differ; the
+letters of both are printed, because each costs time. Figures count processor seconds of one thread, which other
+processes disturb less than the clock; a live stream's is the share of one core that it takes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import soundfile
 import torch
 import typer
 
-from benchmarks.nemo_reference import LEFT_CONTEXT_FRAMES, NemoReference, build
+from benchmarks.nemo_reference import NemoReference, Shape, build, of_folder
 from benchmarks.speed import PIECE_SAMPLES, files, read_audio
+from models.checkpoint import EMBEDDED_MODEL
 from models.config import FRAME_MS
 from models.recognizer import Recognizer, RecognizerNet
 from streaming.audio import AudioFormat
@@ -39,11 +40,12 @@ from streaming.session import Session, SessionConfig
 BLANK_LEAD = 6.0
 
 
-def nemo_pipeline(archive: Path, lookahead_frames: int, streams: int) -> Any:
+def nemo_pipeline(archive: Path, shape: Shape, lookahead_frames: int, streams: int) -> Any:
     """NeMo's pipeline on the CPU in fp32; what is not about speed is as in its example's configuration.
 
     Args:
         archive: A ``.nemo`` file.
+        shape: Of its model.
         lookahead_frames: Encoder frames; one of those that the model was made for.
         streams: How many run in a batch.
     """
@@ -66,7 +68,7 @@ def nemo_pipeline(archive: Path, lookahead_frames: int, streams: int) -> Any:
             "sample_rate": 16000,
             "batch_size": streams,
             "num_slots": streams,
-            "att_context_size": [LEFT_CONTEXT_FRAMES, lookahead_frames],
+            "att_context_size": [shape.left_context_frames, lookahead_frames],
             "use_cache": True,
             "use_feat_cache": True,
             "chunk_size_in_secs": None,
@@ -112,11 +114,18 @@ def in_turn(functions: Sequence[Callable[[], object]], rounds: int) -> list[floa
     return [statistics.median(seconds[1:]) for seconds in taken]
 
 
-def measure(shape: str, audio: np.ndarray, lookaheads: Sequence[int], batch: int, rounds: int) -> list[dict[str, Any]]:
-    """One entry a look-ahead: both engines' speed for one live stream and for files in a batch."""
+def random_model(shape: str) -> NemoReference:
+    """Random weights that write about as much as people say."""
     reference = build(shape, seed=0)
     with torch.no_grad():
         reference.model.joint.joint_net[-1].bias[-1] += BLANK_LEAD
+    return reference
+
+
+def measure(
+    reference: NemoReference, audio: np.ndarray, lookaheads: Sequence[int], batch: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One entry a look-ahead: both engines' speed for one live stream and for files in a batch."""
     recognizer, audio_s = our_recognizer(reference), len(audio) / 16000
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +134,7 @@ def measure(shape: str, audio: np.ndarray, lookaheads: Sequence[int], batch: int
         soundfile.write(wave, audio, 16000, subtype="FLOAT")
         for lookahead in lookaheads:
             config = SessionConfig(AudioFormat("f32le"), lookahead * FRAME_MS)
-            alone, together = (nemo_pipeline(archive, lookahead, n) for n in (1, batch))
+            alone, together = (nemo_pipeline(archive, reference.shape, lookahead, n) for n in (1, batch))
             ours, theirs, our_files, their_files = in_turn(
                 [
                     partial(live, recognizer, audio, config),
@@ -137,7 +146,6 @@ def measure(shape: str, audio: np.ndarray, lookaheads: Sequence[int], batch: int
             )
             (nemo,) = alone.run([str(wave)]).values()
             row = {
-                "shape": shape,
                 "lookahead_ms": lookahead * FRAME_MS,
                 "letters": len(live(recognizer, audio, config)),
                 "nemo_letters": len(nemo["text"]),
@@ -155,7 +163,10 @@ def measure(shape: str, audio: np.ndarray, lookaheads: Sequence[int], batch: int
 
 def run(
     recording: Annotated[Path, typer.Argument(help="Any sound file that soundfile opens.")],
-    shape: Annotated[str, typer.Option(help="Model shape of benchmarks/nemo_reference.py.")] = "embedded",
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights of a shape of benchmarks/nemo_reference.py."),
+    ] = None,
     lookahead: Annotated[list[int] | None, typer.Option(help="Encoder frames; may be repeated.")] = None,
     batch: Annotated[int, typer.Option(help="Files together.")] = 8,
     seconds: Annotated[float, typer.Option(help="Length that the recording is repeated or cut to.")] = 11.0,
@@ -165,12 +176,13 @@ def run(
     """Prints both engines' share of a core for a live stream and speed for files in a batch."""
     torch.set_num_threads(1)
     audio = np.resize(read_audio(recording), int(seconds * 16000))
-    rows = measure(shape, audio, lookahead or [6, 0], batch, rounds)
+    reference = of_folder(EMBEDDED_MODEL) if shape is None else random_model(shape)
+    rows = measure(reference, audio, lookahead or [6, 0], batch, rounds)
     if as_json:
         print(json.dumps(rows))
         return
     for row in rows:
-        print("\n".join(f"{name:32} {value:.4g}" for name, value in row.items() if name != "shape"), end="\n\n")
+        print("\n".join(f"{name:32} {value:.4g}" for name, value in row.items()), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def run(
     """Prints memory and lag over time, and how many sessions were not told what they are told alone."""
     random.seed(seed)
     known = scripts(read_audio(recording), variants)
-    with service(None, seats + 2) as (url, pid):
+    with service(seats + 2) as (url, pid):
         seen = asyncio.run(soak(url, pid, known, seats, minutes))
     first = seen[min(5, minutes) - 1]
     last = seen[-2]
