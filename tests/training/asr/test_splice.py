@@ -36,8 +36,8 @@ def tones(words_s: list[float], gaps_s: list[float]) -> tuple[np.ndarray, list[i
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.2, 0.6), st.floats(0.04, 0.1)), min_size=2, max_size=6),
-    st.floats(0.08, 0.24),
+    st.lists(st.tuples(st.floats(0.3, 0.6), st.floats(0.04, 0.1)), min_size=2, max_size=6),
+    st.floats(0.15, 0.25),  # of which a frame's beginning takes up to 0.08 away
 )
 def test_cuts_lie_in_the_gaps_wherever_ctc_puts_the_piece(words: list[tuple[float, float]], late_s: float) -> None:
     samples, begins, ends = tones([word for word, _ in words], [gap for _, gap in words[:-1]])
@@ -45,8 +45,7 @@ def test_cuts_lie_in_the_gaps_wherever_ctc_puts_the_piece(words: list[tuple[floa
     cuts = word_cuts(samples, frames, list(range(len(frames))))
     assert cuts[0] == 0 and cuts[-1] == len(samples) and len(cuts) == len(words) + 1
     for cut, end, begin in zip(cuts[1:-1], ends, begins[1:], strict=False):
-        assert cut == -1 or end - 160 <= cut <= begin + 160
-    assert sum(cut >= 0 for cut in cuts[1:-1]) >= (len(words) - 1) / 2
+        assert end - 160 <= cut <= begin + 160
 
 
 def test_words_that_run_into_one_another_are_not_parted() -> None:
