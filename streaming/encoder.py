@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice, takewhile
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from models import adaptive
 from models.adaptive import FrontierState
 from models.config import SUBSAMPLING_FACTOR
 from models.fastconformer import EncoderState, FastConformer
+from streaming.features import FrontEnd
 
 #: An adaptive model has no chunks. It takes one frame a step, so that the numbers do not depend on how the audio came,
 #: or, where several chunks are allowed, so many frames for each.
@@ -31,9 +32,9 @@ class EncoderStream:
 
     Attributes:
         state: The encoder's past, batch 1.
-        groups: ``[n, 8, mel_bins]``, log-mel that is not encoded yet.
+        groups: What is not encoded yet: log-mel ``[n, 8, mel_bins]``, or the samples that a front end makes it of.
         slots: Real slots in ``groups``.
-        lookaheads: ``int64[n]``, the look-ahead that was in force when each group came.
+        lookaheads: The look-ahead that was in force when each group came.
         lookahead_frames: The look-ahead in force, of a chunk or at most; may be changed between steps.
         trial_sizes: Chunk sizes to try before the largest, ascending; none for chunks of one size.
         trial: How many of them have left doubts about the next chunk.
@@ -43,7 +44,7 @@ class EncoderStream:
     state: EncoderState | FrontierState
     groups: Tensor
     slots: int
-    lookaheads: Tensor
+    lookaheads: tuple[int, ...]
     lookahead_frames: int
     trial_sizes: tuple[int, ...] = ()
     trial: int = 0
@@ -53,17 +54,15 @@ class EncoderStream:
     def begin(cls, encoder: FastConformer, lookahead_frames: int, trial_sizes: tuple[int, ...] = ()) -> EncoderStream:
         """A stream that has not begun."""
         init = adaptive.init_state(encoder, 1) if encoder.config.adaptive else encoder.init_state(1)
-        nothing = torch.zeros(0, SUBSAMPLING_FACTOR, encoder.mel_bins)
-        return cls(init, nothing, 0, torch.zeros(0, dtype=torch.int64), lookahead_frames, trial_sizes)
+        return cls(init, torch.zeros(0), 0, (), lookahead_frames, trial_sizes)
 
     def extended(self, groups: Tensor, slots: int, *, ended: bool) -> EncoderStream:
-        """The stream with more log-mel at its end."""
-        lookaheads = torch.full((len(groups),), self.lookahead_frames)
+        """The stream with more groups at its end."""
         return replace(
             self,
-            groups=torch.cat([self.groups, groups]),
+            groups=torch.cat([self.groups, groups]) if len(self.groups) else groups,
             slots=self.slots + slots,
-            lookaheads=torch.cat([self.lookaheads, lookaheads]),
+            lookaheads=self.lookaheads + (self.lookahead_frames,) * len(groups),
             ended=self.ended or ended,
         )
 
@@ -74,15 +73,16 @@ class EncoderStream:
         if not len(self.groups):
             return 0
         chunk, max_chunks = self.chunk_frames, 1 if self.trial_sizes else max_chunks
-        same = int((self.lookaheads == self.lookaheads[0]).long().cumprod(0).sum())
+        available = min(len(self.groups), max_chunks * chunk)
         # Chunks of one size run together; one that began under another look-ahead than it ends is still one chunk.
-        available = min(len(self.groups), max_chunks * chunk, max(same, chunk))
+        same = sum(1 for _ in takewhile(self.lookaheads[0].__eq__, islice(self.lookaheads, available)))
+        available = max(same, min(available, chunk))
         return available if self.ended and available == len(self.groups) else available // chunk * chunk
 
     @property
     def chunk_frames(self) -> int:
         """Frames of the next chunk; there must be a group."""
-        return next(iter(self._smaller_sizes()[self.trial :]), int(self.lookaheads[0]) + 1)
+        return next(iter(self._smaller_sizes()[self.trial :]), self.lookaheads[0] + 1)
 
     @property
     def may_wait(self) -> bool:
@@ -90,7 +90,7 @@ class EncoderStream:
         return self.trial < len(self._smaller_sizes()) and not (self.ended and len(self.groups) <= self.chunk_frames)
 
     def _smaller_sizes(self) -> list[int]:
-        return [size for size in self.trial_sizes if size <= int(self.lookaheads[0])]
+        return [size for size in self.trial_sizes if size <= self.lookaheads[0]]
 
     def waiting(self) -> EncoderStream:
         """The stream when the chunk that was tried has left doubts."""
@@ -138,7 +138,11 @@ class Encoded:
 
 @torch.inference_mode()
 def encode(
-    encoder: FastConformer, streams: Sequence[EncoderStream], *, max_chunks: int = 1
+    encoder: FastConformer,
+    streams: Sequence[EncoderStream],
+    *,
+    max_chunks: int = 1,
+    front_end: FrontEnd | None = None,
 ) -> tuple[Tensor, list[Encoded], list[EncoderStream]]:
     """Runs the next chunks of every stream as one batch.
 
@@ -147,16 +151,15 @@ def encode(
         streams: Streams with at least one ready frame each.
         max_chunks: Chunks of a stream to run at most. The result does not depend on it; more at once cost
             less each, and a live stream has no second one to offer.
+        front_end: Makes log-mel of the streams' groups, for all rows together; None if they are log-mel.
 
     Returns:
         Frames ``[B, T, d_model]``, what each row holds, and the streams after the step.
     """
     counts = [stream.ready_frames(max_chunks) for stream in streams]
-    mel = torch.zeros(len(streams), max(counts) * SUBSAMPLING_FACTOR, encoder.mel_bins)
-    slots = []
-    for row, (stream, count) in enumerate(zip(streams, counts, strict=True)):
-        mel[row, : count * SUBSAMPLING_FACTOR] = stream.groups[:count].flatten(0, 1)
-        slots.append(min(stream.slots, count * SUBSAMPLING_FACTOR))
+    slots = [min(stream.slots, count * SUBSAMPLING_FACTOR) for stream, count in zip(streams, counts, strict=True)]
+    groups = torch.cat([stream.groups[:count] for stream, count in zip(streams, counts, strict=True)])
+    mel = _in_rows(groups if front_end is None else front_end.mel(groups), counts)
     mel = mel.to(encoder.pre_encode.out.weight)  # all rows in one transfer
     run = _adaptive if encoder.config.adaptive else _chunks
     encoded, reaches, states = run(encoder, streams, mel, counts, torch.tensor(slots))
@@ -167,6 +170,13 @@ def encode(
         for stream, state, count, real in zip(streams, states, counts, slots, strict=True)
     ]
     return encoded, done, after
+
+
+def _in_rows(groups: Tensor, counts: list[int]) -> Tensor:
+    """Log-mel of so many groups a row, ``[sum, 8, mel_bins]``, as ``[B, 8 * most, mel_bins]``."""
+    if len(set(counts)) > 1:
+        groups = torch.nn.utils.rnn.pad_sequence(list(groups.split(counts)), batch_first=True)
+    return groups.reshape(len(counts), -1, groups.shape[-1])
 
 
 _Result = tuple[Tensor, list[tuple[int, ...]], Sequence[EncoderState | FrontierState]]
@@ -192,7 +202,7 @@ def _adaptive(
 ) -> _Result:
     caps = torch.zeros(len(streams), max(counts), dtype=torch.int64)
     for row, (stream, count) in enumerate(zip(streams, counts, strict=True)):
-        caps[row, :count] = stream.lookaheads[:count]
+        caps[row, :count] = torch.tensor(stream.lookaheads[:count])
     ended = [stream.ended and count == len(stream.groups) for stream, count in zip(streams, counts, strict=True)]
     output, state = adaptive.step(
         encoder,

@@ -4,9 +4,9 @@ The numbers are those of NeMo's streaming models (``AudioToMelSpectrogramPreproc
 dither): pre-emphasis 0.97, 25 ms Hann windows every 10 ms centred on their sample, 512-point power spectrum,
 Slaney mel filters from 0 to 8 kHz, ``log(x + 2^-24)``, ``floor(samples / 160)`` frames.
 
-Frames come in the encoder's groups of eight, and every group is computed by the same call on the same shape,
-whether its samples came in one piece or one by one: that, and carrying 240 samples over instead of padding each
-piece, is what makes the result independent of the chunking.
+Frames come in the encoder's groups of eight, and every group is the same arithmetic on the same shape, whether its
+samples came in one piece or one by one, and however many groups, of one stream or of several, share the call: that,
+and carrying 240 samples over instead of padding each piece, is what makes the result independent of the chunking.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ GROUP_TAIL_SAMPLES = WINDOW_SAMPLES // 2
 #: Samples before the first one that the first group's windows touch.
 GROUP_LEAD_SAMPLES = LEADING_SLOTS * HOP_SAMPLES + WINDOW_SAMPLES // 2
 GROUP_SAMPLES = GROUP_LEAD_SAMPLES + GROUP_TAIL_SAMPLES
+#: Groups that share a call: few enough that no operation is shared out among threads, whose parts would depend on them.
+_CALL_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,19 @@ class FrontEnd:
         return FeatureState(np.zeros(GROUP_LEAD_SAMPLES, np.float32), np.float32(0), 0, 0)
 
     def step(self, samples: np.ndarray, state: FeatureState, *, last: bool = False) -> tuple[Tensor, int, FeatureState]:
-        """Makes every group that the samples so far complete.
+        """Makes every group that the samples so far complete; :meth:`cut`, then :meth:`mel`.
+
+        Returns:
+            Log-mel ``[groups, 8, mel_bins]``, the number of real slots in the groups (unreal ones are zero), and the
+            state.
+        """
+        groups, slots, after = self.cut(samples, state, last=last)
+        mel = self.mel(groups)
+        mel.view(-1, self.config.mel_bins)[slots:] = 0
+        return mel, slots, after
+
+    def cut(self, samples: np.ndarray, state: FeatureState, *, last: bool = False) -> tuple[Tensor, int, FeatureState]:
+        """The samples of every group that the samples so far complete. Computes nothing else.
 
         Args:
             samples: ``float32[n]`` at 16 kHz, in [-1, 1].
@@ -70,8 +84,8 @@ class FrontEnd:
             last: The audio ends with these samples; what is left over becomes a last, partly filled group.
 
         Returns:
-            Log-mel ``[groups, 8, mel_bins]``, the number of real slots in the groups (short of ``8 * groups``
-            only when ``last``; unreal ones are zero), and the state.
+            Pre-emphasised samples ``[groups, 1520]``, from the beginning of a group's first window to the end of its
+            last, the number of real slots in the groups (short of ``8 * groups`` only when ``last``), and the state.
         """
         before = np.concatenate([[state.last_sample], samples[:-1]]) if len(samples) else samples
         pending = np.concatenate([state.pending, samples - PREEMPHASIS * before])
@@ -86,28 +100,28 @@ class FrontEnd:
             slots = min(ready * SUBSAMPLING_FACTOR, mel_frames + LEADING_SLOTS - SUBSAMPLING_FACTOR * state.groups)
             missing = ready * FRAME_SAMPLES + GROUP_SAMPLES - FRAME_SAMPLES - len(pending)
             pending = np.concatenate([pending, np.zeros(max(0, missing), np.float32)])
-        mel = torch.zeros(ready, SUBSAMPLING_FACTOR, self.config.mel_bins)
+        groups = np.empty((ready, GROUP_SAMPLES), np.float32)
         for i in range(ready):
-            group = pending[i * FRAME_SAMPLES : i * FRAME_SAMPLES + GROUP_SAMPLES]
-            mel[i] = self.groups(torch.from_numpy(group))[0]
-        mel.view(-1, self.config.mel_bins)[slots:] = 0
+            groups[i] = pending[i * FRAME_SAMPLES : i * FRAME_SAMPLES + GROUP_SAMPLES]
         newest = samples[-1] if len(samples) else state.last_sample
         after = FeatureState(pending[ready * FRAME_SAMPLES :].copy(), newest, state.groups + ready, total)
-        return mel, slots, after
+        return torch.from_numpy(groups), slots, after
 
-    def groups(self, emphasised: Tensor) -> Tensor:
-        """Log-mel ``[groups, 8, mel_bins]`` of pre-emphasised samples ``[(groups - 1) * 1280 + 1520]``.
+    def mel(self, groups: Tensor) -> Tensor:
+        """Log-mel ``[groups, 8, mel_bins]`` of what :meth:`cut` returns, of one stream or of several."""
+        mel = groups.new_empty(len(groups), SUBSAMPLING_FACTOR, self.config.mel_bins)
+        for start in range(0, len(groups), _CALL_GROUPS):
+            mel[start : start + _CALL_GROUPS] = self._mel(groups[start : start + _CALL_GROUPS])
+        return mel
 
-        The first sample is the one at which the first group's first window begins.
-        """
-        frames = emphasised.unfold(0, WINDOW_SAMPLES, HOP_SAMPLES)
-        count = (len(emphasised) - GROUP_SAMPLES) // FRAME_SAMPLES + 1
-        frames = frames[: count * SUBSAMPLING_FACTOR].view(count, SUBSAMPLING_FACTOR, WINDOW_SAMPLES)
+    def _mel(self, groups: Tensor) -> Tensor:
+        frames = groups.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)
         # Centred in the transform as in NeMo: with the same rounding, quiet bins beside loud ones agree to 2e-6.
         centred = torch.nn.functional.pad(frames * self._window, [(FFT_SIZE - WINDOW_SAMPLES) // 2] * 2)
         spectrum = torch.fft.rfft(centred)
         power = spectrum.real.square() + spectrum.imag.square()
-        return torch.log(torch.matmul(power, self._filters) + LOG_GUARD)
+        # A product for each group: one for all would round as their number has it.
+        return torch.log(torch.bmm(power, self._filters.expand(len(groups), -1, -1)) + LOG_GUARD)
 
 
 @cache

@@ -191,7 +191,7 @@ class Session(Teller):
     # ------------------------------------------------------------------------------------ one among several
 
     def write(self, pcm: bytes | np.ndarray) -> None:
-        """Takes audio and computes nothing but its features."""
+        """Takes audio, and computes nothing."""
         if self._closed:
             raise DragomanError("session_closed", "audio came after the end of the session; open a new one")
         self._take(self._audio.push(pcm), last=False)
@@ -249,7 +249,7 @@ class Session(Teller):
     # ---------------------------------------------------------------------------------------------- internal
 
     def _take(self, samples: np.ndarray, *, last: bool) -> None:
-        groups, slots, self._features = self._front_end.step(samples, self._features, last=last)
+        groups, slots, self._features = self._front_end.cut(samples, self._features, last=last)
         self._encoder = self._encoder.extended(groups, slots, ended=last)
         self._recent = np.concatenate([self._recent, samples])
         self._audio_samples += len(samples)
@@ -359,7 +359,12 @@ def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
     if not ready:
         return
     net = ready[0].recognizer.net
-    encoded, done, streams = encode(net.encoder, [session._encoder for session in ready], max_chunks=max_chunks)
+    encoded, done, streams = encode(
+        net.encoder,
+        [session._encoder for session in ready],
+        max_chunks=max_chunks,
+        front_end=ready[0]._front_end,
+    )
     for kind in {type(session.search) for session in ready}:
         rows = [row for row, session in enumerate(ready) if type(session.search) is kind]
         search = ready[rows[0]].search
