@@ -15,7 +15,7 @@ import lzma
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -27,7 +27,7 @@ import soundfile
 import typer
 
 from client.normalize import normalize_transcript, spell_out
-from training.asr.voices import SAMPLE_RATE_HZ, Engine, Espeak, Flite, Samples, SpeechError, Voice
+from training.asr.voices import SAMPLE_RATE_HZ, Engine, Espeak, Festival, Flite, RHVoice, Samples, SpeechError, Voice
 
 __all__ = ["compose", "fingerprint", "make_engine", "read_sentences", "synthesize", "usable_sentences"]
 
@@ -38,6 +38,13 @@ _JOINED_CHARS = (45, 175)
 # Longer sentences would last more than 16 s, which no training batch takes.
 _MAX_CHARS = 230
 _HELD_OUT_PER_VOICE = 40
+# Kokoro, the only engine that loads a model, is made by itself.
+_ENGINES: dict[str, Callable[[], Engine]] = {
+    "flite": Flite,
+    "espeak": Espeak,
+    "festival": Festival,
+    "rhvoice": RHVoice,
+}
 
 
 def fingerprint(text: str) -> str:
@@ -260,22 +267,22 @@ def make_engine(name: str, styles: Path | None = None) -> Engine:
     """Makes an engine by name.
 
     Args:
-        name: ``flite``, ``espeak`` or ``kokoro``.
+        name: One of `_ENGINES`, or ``kokoro``.
         styles: Folder of Kokoro styles, which only Kokoro needs.
 
     Raises:
         ValueError: If there is no such engine, or Kokoro gets no styles.
     """
-    if name == "flite":
-        return Flite()
-    if name == "espeak":
-        return Espeak()
+    if name in _ENGINES:
+        return _ENGINES[name]()
     if name == "kokoro" and styles is not None:
-        from training.asr.kokoro import Kokoro  # the only engine that loads a model
+        from training.asr.kokoro import Kokoro
 
         return Kokoro(styles)
     raise ValueError(
-        "kokoro needs --styles" if name == "kokoro" else f"unknown engine {name!r}: choose flite, espeak or kokoro"
+        "kokoro needs --styles"
+        if name == "kokoro"
+        else f"unknown engine {name!r}: choose {', '.join(_ENGINES)} or kokoro"
     )
 
 
@@ -289,7 +296,7 @@ def main(
         list[Path], typer.Option(help="File with English sentences: .tsv, .jsonl or text, .xz or not.")
     ] = [],  # noqa: B006
     exclude: Annotated[list[Path], typer.Option(help="File whose sentences must not be spoken.")] = [],  # noqa: B006
-    engine: Annotated[str, typer.Option(help="flite, espeak or kokoro.")] = "flite",
+    engine: Annotated[str, typer.Option(help=f"{', '.join(_ENGINES)} or kokoro.")] = "flite",
     styles: Annotated[Path | None, typer.Option(help="Folder of Kokoro styles: `voices` of npm's kokoro-js.")] = None,
     hours: Annotated[float, typer.Option(help="Hours of audio wanted, with what is there.")] = 1.0,
     max_minutes: Annotated[float, typer.Option(help="Minutes of wall clock to stop after.")] = float("inf"),

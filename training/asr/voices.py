@@ -1,7 +1,7 @@
 """Public synthetic voices behind one interface: draw a voice, speak a text, get 16 kHz samples.
 
-An engine varies what its few voices allow (pitch, pace, and for flite the apparent size of the speaker),
-because a model that hears one voice a thousand times learns the voice. Whole voices are held out to see
+An engine varies what its few voices allow (pitch, pace, and for recorded voices the apparent size of the
+speaker), because a model that hears one voice a thousand times learns the voice. Whole voices are held out to see
 whether that worked.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import subprocess
 import tempfile
+import threading
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,9 @@ __all__ = [
     "SAMPLE_RATE_HZ",
     "Engine",
     "Espeak",
+    "Festival",
     "Flite",
+    "RHVoice",
     "Samples",
     "SpeechError",
     "Voice",
@@ -127,7 +131,8 @@ def at_16_khz(samples: Samples, rate_hz: float) -> Samples:
 
 # Mean fundamental frequency of each flite voice in Hz.
 _FLITE_PITCH_HZ = {"kal16": 105.0, "rms": 105.0, "slt": 170.0, "awb": 130.0}
-_FLITE_SIZES = (0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.14)
+# Playback speeds that make other speakers of a recorded voice.
+_SIZES = (0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.14)
 
 _ESPEAK_ACCENTS = (
     *("en-us", "en-us", "en-us", "en-gb", "en-gb-x-rp"),
@@ -160,7 +165,7 @@ class Flite:
         """See `Engine.draw`; a held-out voice keeps its own size."""
         # Statistical voices first: kal16 is a diphone voice, further from a human one.
         name = name or str(rng.choice(["slt", "rms", "kal16"], p=[0.4, 0.35, 0.25]))
-        size = 1.0 if name in self.held_out else float(rng.choice(_FLITE_SIZES))
+        size = 1.0 if name in self.held_out else float(rng.choice(_SIZES))
         pitch, pace = float(rng.uniform(0.88, 1.15)), float(rng.uniform(0.88, 1.2))
         return Voice(speaker=f"flite-{name}-{round(size * 100)}", name=name, pitch=pitch, pace=pace, size=size)
 
@@ -216,6 +221,109 @@ class Espeak:
         # The header of a stream has no true length: the samples are read as what follows its 44 bytes.
         pcm = np.frombuffer(wav[44 : len(wav) - len(wav) % 2], dtype="<i2")
         return at_16_khz(pcm.astype(np.float32) / np.float32(32768), header.samplerate)
+
+
+# Mean fundamental frequency of `ked` in Hz, its deviation, and the factor by which its own set-up slows it.
+_KED_PITCH_HZ, _KED_PITCH_DEVIATION_HZ, _KED_STRETCH = 105.0, 15.0, 1.1
+
+
+class Festival:
+    """Festival (Debian `festival`) with Kurt's diphones (`festvox-kdlpc16k`): one speaker, of many sizes.
+
+    Festival takes longer to start than to speak a sentence, so that one process a thread speaks all of them.
+    """
+
+    name = "festival"
+    licence = "synthetic (Festival ked diphones, University of Edinburgh, permissive)"
+    held_out: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        """Starts nothing: a process starts with the first sentence of a thread."""
+        self._local = threading.local()
+
+    def draw(self, rng: np.random.Generator, name: str | None = None) -> Voice:
+        """See `Engine.draw`."""
+        name, size = name or "ked", float(rng.choice(_SIZES))
+        pitch, pace = float(rng.uniform(0.88, 1.15)), float(rng.uniform(0.88, 1.2))
+        return Voice(speaker=f"festival-{name}-{round(size * 100)}", name=name, pitch=pitch, pace=pace, size=size)
+
+    def speak(self, text: str, voice: Voice) -> Samples:
+        """See `Engine.speak`."""
+        mean_hz, deviation_hz = _KED_PITCH_HZ * voice.pitch, _KED_PITCH_DEVIATION_HZ * voice.pitch
+        # Festival reads bytes: what is left of an accent would be spelled out.
+        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        quoted = plain.replace("\\", " ").replace('"', " ")
+        with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+            wav = Path(folder) / "speech.wav"
+            # One expression, so that what fails keeps the rest from being spoken.
+            self._evaluate(
+                f"(begin (voice_{voice.name}_diphone) "
+                f"(set! int_lr_params '((target_f0_mean {mean_hz:.1f}) (target_f0_std {deviation_hz:.1f}) "
+                "(model_f0_mean 170) (model_f0_std 34))) "
+                f"(Parameter.set 'Duration_Stretch {_KED_STRETCH * voice.size / voice.pace:.3f}) "
+                f'(utt.save.wave (utt.synth (Utterance Text "{quoted}")) "{wav}" \'riff))'
+            )
+            if not wav.exists():
+                raise SpeechError(f"festival could not speak {text!r}")
+            samples, rate_hz = soundfile.read(wav, dtype="float32")
+        return at_16_khz(samples, rate_hz * voice.size)
+
+    def _evaluate(self, expression: str) -> None:
+        """Has this thread's Festival evaluate a Scheme expression, and waits until it has.
+
+        Raises:
+            SpeechError: If the process ends or hangs; the next call starts another. A failed expression is
+                none: it shows by what it did not write.
+        """
+        process = getattr(self._local, "process", None)
+        if process is None or process.poll() is not None:
+            command = ["festival", "--pipe"]
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            self._local.process = process
+        assert process.stdout is not None
+        timer = threading.Timer(_PROGRAM_TIMEOUT_S, process.kill)
+        timer.start()
+        try:
+            print(expression, '(format t "done\\n") (fflush nil)', sep="\n", file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if not answer:
+            raise SpeechError(f"festival ended or took more than {_PROGRAM_TIMEOUT_S:.0f} s: {expression}")
+
+
+class RHVoice:
+    """RHVoice (built from source): statistical voices of CMU ARCTIC speakers.
+
+    `clb` is the new speaker; `bdl` and `slt` are heard in recordings too, `slt` also from flite. `alan`
+    must never be drawn or installed for training: it was made from the recordings of `awb`, whom `Flite`
+    holds out. `lyubov` and `evgeniy-eng` are not for models that ship (CC BY-NC-ND 4.0).
+    """
+
+    name = "rhvoice"
+    licence = "synthetic (RHVoice, GPL-3 program; voice of CMU ARCTIC, permissive)"
+    held_out: Sequence[str] = ("alan",)
+
+    def draw(self, rng: np.random.Generator, name: str | None = None) -> Voice:
+        """See `Engine.draw`."""
+        name = name or str(rng.choice(["clb", "bdl", "slt"], p=[0.75, 0.125, 0.125]))
+        size = float(rng.choice(_SIZES))
+        pitch, pace = float(rng.uniform(0.88, 1.15)), float(rng.uniform(0.88, 1.2))
+        return Voice(speaker=f"rhvoice-{name}-{round(size * 100)}", name=name, pitch=pitch, pace=pace, size=size)
+
+    def speak(self, text: str, voice: Voice) -> Samples:
+        """See `Engine.speak`."""
+        rate, pitch = round(100 * voice.pace / voice.size), round(100 * voice.pitch)
+        with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+            wav = Path(folder) / "speech.wav"
+            settings = ["-p", voice.name, "-r", str(rate), "-t", str(pitch), "-o", str(wav)]
+            run_program(["RHVoice-test", *settings], text)
+            samples, rate_hz = soundfile.read(wav, dtype="float32")
+        return at_16_khz(samples, rate_hz * voice.size)
 
 
 def _memory_folder() -> str | None:

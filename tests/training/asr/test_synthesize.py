@@ -26,8 +26,9 @@ from training.asr.synthesize import (
     synthesize_held_out,
     usable_sentences,
 )
-from training.asr.voices import Engine, Espeak, Flite, Samples, SpeechError, Voice
+from training.asr.voices import Engine, Espeak, Festival, Flite, RHVoice, Samples, SpeechError, Voice
 
+KED = Path("/usr/share/festival/voices/english/ked_diphone")
 SENTENCES = [f"This is sentence number {word}." for word in "one two three four five six seven".split()]
 
 
@@ -112,7 +113,15 @@ def test_held_out_voices_speak_only_when_asked(tmp_path: Path) -> None:
     assert {record["speaker"] for record in manifest_of(tmp_path, "heldout_voices")} == {"tones-low"}
 
 
-@pytest.mark.parametrize("engine", [Flite(), Espeak()])
+def skip_without_program(engine: Engine) -> None:
+    program = {"flite": "flite", "espeak": "espeak-ng", "festival": "festival", "rhvoice": "RHVoice-test"}[engine.name]
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    if engine.name == "festival" and not KED.is_dir():
+        pytest.skip("Festival's voice ked (Debian festvox-kdlpc16k) is not installed")
+
+
+@pytest.mark.parametrize("engine", [Flite(), Espeak(), RHVoice()], ids=lambda engine: engine.name)
 def test_no_drawn_voice_is_a_held_out_one(engine: Engine) -> None:
     timbres = {name.split("+")[-1] for name in engine.held_out}
     drawn = {engine.draw(np.random.default_rng(seed)).name.split("+")[-1] for seed in range(500)}
@@ -120,20 +129,48 @@ def test_no_drawn_voice_is_a_held_out_one(engine: Engine) -> None:
     assert len(drawn) >= 3
 
 
-@pytest.mark.parametrize("engine", [Flite(), Espeak()])
+@pytest.mark.parametrize("engine", [Flite(), Espeak(), Festival(), RHVoice()], ids=lambda engine: engine.name)
 def test_a_real_engine_speaks_at_16_khz(engine: Engine) -> None:
-    program = {"flite": "flite", "espeak": "espeak-ng"}[engine.name]
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
+    skip_without_program(engine)
     samples = engine.speak("Good morning, everyone.", engine.draw(np.random.default_rng(0)))
     assert samples.dtype == np.float32 and np.abs(samples).max() <= 1
     assert 0.8 < samples.size / 16_000 < 4
 
 
+@pytest.mark.parametrize("engine", [Flite(), Festival(), RHVoice()], ids=lambda engine: engine.name)
+def test_size_keeps_the_pace_and_pace_does_not(engine: Engine) -> None:
+    skip_without_program(engine)
+    name = engine.draw(np.random.default_rng(0)).name
+    usual, small, quick = (
+        engine.speak("The children went to the market and bought some apples.", voice).size
+        for voice in (Voice("", name), Voice("", name, size=1.1), Voice("", name, pace=1.2))
+    )
+    assert small == pytest.approx(usual, rel=0.07)
+    assert quick < 0.9 * usual
+
+
+def test_festival_speaks_what_its_language_would_take_for_code() -> None:
+    engine = Festival()
+    skip_without_program(engine)
+    plain, quoted = (engine.speak(text, Voice("", "ked")) for text in ("A cafe. Yes.", 'A "café".\\ Yes.'))
+    assert quoted.size == pytest.approx(plain.size, rel=0.05)
+
+
+def test_festival_starts_anew_when_it_has_ended() -> None:
+    engine = Festival()
+    skip_without_program(engine)
+    first = engine.speak("Good morning.", Voice("", "ked"))
+    with pytest.raises(SpeechError, match="festival could not speak"):
+        engine.speak("Good morning.", Voice("", "nobody"))
+    with pytest.raises(SpeechError, match="festival ended"):
+        engine._evaluate("(quit)")
+    np.testing.assert_array_equal(engine.speak("Good morning.", Voice("", "ked")), first)
+
+
 def test_no_sentences_and_no_such_engine_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 usable sentences"):
         synthesize([], Tones(), tmp_path, hours=1)
-    with pytest.raises(ValueError, match="choose flite, espeak or kokoro"):
+    with pytest.raises(ValueError, match="choose flite, espeak, festival, rhvoice or kokoro"):
         make_engine("parrot")
     with pytest.raises(ValueError, match="--styles"):
         make_engine("kokoro")
