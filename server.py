@@ -31,11 +31,12 @@ from metrics import TEXT_FORMAT
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming.errors import DragomanError
+from streaming.scheduler import SWITCH_INTERVAL_S
 from streaming.speculation import Speculation
 from wire.deepgram import Deepgram
 from wire.dialect import Dialect, Frame
 from wire.fields import shown
-from wire.handler import MAX_MESSAGE_BYTES, Handler, Limits, TransportClosed
+from wire.handler import MAX_MESSAGE_BYTES, Handler, Limits, Processes, TransportClosed
 from wire.simulstream import Simulstream
 from wire.transcriptions import Transcriptions
 from wire.translations import Translations
@@ -74,7 +75,6 @@ _PAGE_HEADERS: Final = {
 }
 
 logger = logging.getLogger(__name__)
-_SWITCH_INTERVAL_S: Final = 0.0005  # Python's own is ten times as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,10 +241,11 @@ class Service:
         settings: Settings,
         translator: AnyTranslator | None = None,
         speculation: Speculation | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """Prepare the service and start its engine; `start` opens the socket."""
         self._settings = settings
-        self._handler = Handler(recognizer, settings, translator, speculation)
+        self._handler = Handler(recognizer, settings, translator, speculation, processes)
         self._admission = Admission(self._handler, settings)
         self._server: Server | None = None
 
@@ -353,13 +354,13 @@ async def serve(
     settings: Settings,
     translator: AnyTranslator | None = None,
     speculation: Speculation | None = None,
+    processes: Processes | None = None,
     *,
     kind: type[Service] = Service,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, let sessions finish until another one comes, and say goodbye to the rest."""
-    # The engine gives Python's lock away with each of its many small operations, and waits for so long to get it back.
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    service = kind(recognizer, settings, translator, speculation)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    service = kind(recognizer, settings, translator, speculation, processes)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

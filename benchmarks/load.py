@@ -95,9 +95,10 @@ class Heard:
 
 
 @contextmanager
-def service(sessions: int) -> Iterator[tuple[str, int]]:
+def service(sessions: int, engines: int = 1) -> Iterator[tuple[str, int]]:
     """A server process; its URL and process id."""
-    command = [sys.executable, "-m", "client.cli", "serve", "--port", "0", "--max-sessions", str(sessions)]
+    options = ["--port", "0", "--max-sessions", str(sessions), "--engines", str(engines)]
+    command = [sys.executable, "-m", "client.cli", "serve", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield listening(process), process.pid
@@ -176,9 +177,9 @@ def alone(
     return told([parse_event(event.to_json()) for event in session.push(pcm) + session.finish()])
 
 
-def ours(audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int, list[Event]]) -> Level:
+def ours(audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int, list[Event]], engines: int) -> Level:
     """The load on our service; ``known`` is what each recording says alone."""
-    with service(len(audios)) as (url, pid):
+    with service(len(audios), engines) as (url, pid):
 
         async def speakers() -> list[Heard]:
             begin_s = asyncio.get_running_loop().time() + 1.0 + 0.02 * len(audios)
@@ -186,7 +187,7 @@ def ours(audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int
             tasks = [speak(url, audio, begin_s + at, languages) for audio, at in zip(audios, offsets, strict=True)]
             return await asyncio.gather(*tasks)
 
-        asyncio.run(_warm(url, audios[0], languages))
+        asyncio.run(_warm(url, audios[0], languages, engines))
         begun, cpu = time.monotonic(), _cpu_seconds(pid)
         heard = asyncio.run(speakers())
         cores = (_cpu_seconds(pid) - cpu) / (time.monotonic() - begun)
@@ -195,14 +196,18 @@ def ours(audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int
     return _level("dragoman", len(audios), lags, identical, cores)
 
 
-async def _warm(url: str, audio: np.ndarray, languages: Sequence[str]) -> None:
-    """One session as fast as it goes, for what is made once."""
-    await speak(url, audio[: 4 * SAMPLE_RATE_HZ], asyncio.get_running_loop().time() - _GRACE_S, languages)
+async def _warm(url: str, audio: np.ndarray, languages: Sequence[str], engines: int) -> None:
+    """One session of each engine as fast as it goes, for what is made once."""
+    begun_s = asyncio.get_running_loop().time() - _GRACE_S
+    await asyncio.gather(*(speak(url, audio[: 4 * SAMPLE_RATE_HZ], begun_s, languages) for _ in range(engines)))
 
 
 def _cpu_seconds(pid: int) -> float:
+    """Of a process and of those that it has started."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return own + sum(_cpu_seconds(int(child)) for thread in threads for child in thread.read_text().split())
 
 
 def _level(engine: str, sessions: int, lags: Sequence[float], identical: bool | None, cores: float) -> Level:
@@ -275,7 +280,14 @@ def show(level: Level) -> None:
 
 
 def measure(
-    audio: np.ndarray, counts: Sequence[int], seconds: float, languages: Sequence[str], *, beside_nemo: bool, stop: bool
+    audio: np.ndarray,
+    counts: Sequence[int],
+    seconds: float,
+    languages: Sequence[str],
+    *,
+    engines: int,
+    beside_nemo: bool,
+    stop: bool,
 ) -> list[Level]:
     """The curve of our service and, if asked for, NeMo's; each goes on up to the first number that it does not hold."""
     levels: list[Level] = []
@@ -294,7 +306,7 @@ def measure(
             found = known.setdefault(len(audios), {})
             for i, one in enumerate(audios):
                 found[i] = alone(recognizer, translator, one, languages)
-            return ours(audios, languages, found)
+            return ours(audios, languages, found, engines)
 
         for run in [own, *runs]:
             for count in counts:
@@ -310,6 +322,7 @@ def run(
     sessions: Annotated[list[int] | None, typer.Option(help="Sessions at the same time; may be repeated.")] = None,
     seconds: Annotated[float, typer.Option(help="Length of each.")] = 30.0,
     to: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Translate into this language.")] = None,
+    engines: Annotated[int, typer.Option(help="Engines of our service.")] = 1,
     beside_nemo: Annotated[bool, typer.Option("--nemo", help="NeMo's pipeline with the same weights beside.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Go on after a number that is not held.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
@@ -317,7 +330,8 @@ def run(
     """Prints lag over the number of sessions."""
     counts = sessions or [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
     languages = () if to is None else (to,)
-    levels = measure(read_audio(recording), counts, seconds, languages, beside_nemo=beside_nemo, stop=not every)
+    audio, stop = read_audio(recording), not every
+    levels = measure(audio, counts, seconds, languages, engines=engines, beside_nemo=beside_nemo, stop=stop)
     if as_json:
         print(json.dumps([asdict(level) | {"held": level.held} for level in levels]))
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from streaming.glossary import Glossary
     from streaming.session import Decoder, Lookahead
     from streaming.speculation import Speculation
+    from wire.handler import Models
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(help="List, fetch and import models.", no_args_is_help=True)
@@ -379,6 +380,9 @@ def serve(
     speculation: SpeculationOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    engines: Annotated[
+        int, typer.Option(min=1, help="Processes to compute in, for a CPU with several cores; sessions are shared out.")
+    ] = 1,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time; more are refused.")] = 16,
     max_session_minutes: Annotated[
         float | None,
@@ -435,8 +439,7 @@ def serve(
         import logging
 
         import server
-        from models.checkpoint import load_recognizer
-        from models.translator import EMBEDDED_TRANSLATOR
+        from wire.handler import Processes
 
         settings = server.Settings(
             host=host,
@@ -460,10 +463,31 @@ def serve(
         translating = _TranslatorOptions(
             translator, device, dtype, speculation, translator_url, translator_model, translator_policy, translator_key
         )
-        is_there = translator_url is not None or translator is not None or EMBEDDED_TRANSLATOR.exists()
-        interpreter, drafts = translating.load() if is_there else (None, None)
-        recognizer = load_recognizer(model, device=device, dtype=dtype)
-        asyncio.run(server.serve(recognizer, settings, interpreter, drafts, kind=service))
+        if engines > 1 and not device.startswith("cpu"):
+            raise DragomanError("unsupported_engines", f"{engines} engines would share one GPU: --engines is for a CPU")
+        _leave_a_core()
+        load = partial(_load_models, translating, model)
+        processes = Processes(engines, load) if engines > 1 else None
+        recognizer, interpreter, drafts = load()
+        asyncio.run(server.serve(recognizer, settings, interpreter, drafts, processes, kind=service))
+
+
+def _leave_a_core() -> None:
+    """Compute with one thread fewer than there are cores: the last one moves audio and text, which may not wait."""
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+
+
+def _load_models(translating: _TranslatorOptions, model: Path | None) -> "Models":
+    """What a service computes with; called in each of its processes."""
+    from models.checkpoint import load_recognizer
+    from models.translator import EMBEDDED_TRANSLATOR
+    from wire.handler import Models
+
+    is_there = translating.url is not None or translating.folder is not None or EMBEDDED_TRANSLATOR.exists()
+    interpreter, drafts = translating.load() if is_there else (None, None)
+    return Models(load_recognizer(model, device=translating.device, dtype=translating.dtype), interpreter, drafts)
 
 
 def _asgi_service() -> "type[Service]":
@@ -627,13 +651,10 @@ def _own_service(
     latency: str,
 ) -> AbstractAsyncContextManager[tuple[str, str | None]]:
     """A service within this program, with its models loaded."""
-    import torch
-
     from client.mic import own_service
     from models.checkpoint import load_recognizer
 
-    # One core is left to what may not come too late: the audio.
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+    _leave_a_core()
     interpreter, drafts = translating.load(languages, latency) if languages else (None, None)
     return own_service(load_recognizer(model, device=device, dtype=dtype), interpreter, drafts)
 

@@ -175,7 +175,7 @@ def encode(
 def _in_rows(groups: Tensor, counts: list[int]) -> Tensor:
     """Log-mel of so many groups a row, ``[sum, 8, mel_bins]``, as ``[B, 8 * most, mel_bins]``."""
     if len(set(counts)) > 1:
-        groups = torch.nn.utils.rnn.pad_sequence(list(groups.split(counts)), batch_first=True)
+        groups = torch.nn.utils.rnn.pad_sequence(list(torch.split(groups, counts)), batch_first=True)
     return groups.reshape(len(counts), -1, groups.shape[-1])
 
 

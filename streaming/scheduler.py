@@ -42,7 +42,11 @@ from streaming.speculation import Speculation
 
 _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client is no longer read from
 _MAX_WAITING_MESSAGES: Final = 1_000
-_MAX_WAITING_EVENTS: Final = 256  # events that wait for the client before the engine leaves it alone
+MAX_WAITING_EVENTS: Final = 256
+"""Events that wait for the client before the engine leaves it alone."""
+SWITCH_INTERVAL_S: Final = 0.0005
+"""Python's switch interval where an engine runs; its own is ten times as long. The engine gives Python's lock away with
+each of its many small operations, and waits for so long to get it back."""
 _MAX_MESSAGES: Final = 64  # messages of a session that one step takes in
 _MAX_PIECE_S: Final = 1  # audio of a message that is taken in at once
 _UPLOAD_S: Final = 2.0  # by how much audio is ahead of the clock that cannot be spoken
@@ -107,8 +111,8 @@ class Stream:
         self.ended = False  # no more audio is taken
         self.over = False  # nothing more is to be computed
         self._notify = notify
-        self._put_bytes = 0  # counted on the client's side
-        self._taken_bytes = 0  # counted on the engine's
+        self._put_bytes = self._put_messages = 0  # counted on the client's side
+        self._taken_bytes = self._taken_messages = 0  # counted on the engine's
         self._max_waiting_bytes = 0
         self._format = AudioFormat()
         self._heard_bytes = 0
@@ -152,7 +156,8 @@ class Stream:
     @property
     def has_room(self) -> bool:
         """Whether more may come; what comes when all is over is passed over."""
-        full = self.waiting_bytes > self._max_waiting_bytes or len(self.inbox) > _MAX_WAITING_MESSAGES
+        waiting_messages = self._put_messages - self._taken_messages
+        full = self.waiting_bytes > self._max_waiting_bytes or waiting_messages > _MAX_WAITING_MESSAGES
         return self.over or not full
 
     def put(self, message: SessionMessage) -> None:
@@ -167,6 +172,7 @@ class Stream:
             self._arrive(len(message))
         self.ended |= message is Command.CLOSE
         self._put_bytes += _size(message)
+        self._put_messages += 1
         self.inbox.append(message)
 
     def finish(self, code: str, message: str) -> None:
@@ -213,15 +219,32 @@ class Stream:
 
     def take(self) -> SessionMessage:
         """The next message for the engine, on whose thread this is called; of much audio, the beginning."""
-        was_full = not self.has_room
-        message = self.inbox.popleft()
+        message, whole = self.inbox.popleft(), 1
         if isinstance(message, bytes) and len(message) > (most := _MAX_PIECE_S * self.bytes_per_s):
-            message, rest = message[:most], message[most:]
+            message, rest, whole = message[:most], message[most:], 0
             self.inbox.appendleft(rest)
-        self._taken_bytes += _size(message)
+        self.taken = (self._taken_bytes + _size(message), self._taken_messages + whole)
+        return message
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """What the engine has taken so far: bytes of audio, and messages of any kind."""
+        return self._taken_bytes, self._taken_messages
+
+    @taken.setter
+    def taken(self, sizes: tuple[int, int]) -> None:
+        was_full = not self.has_room
+        self._taken_bytes, self._taken_messages = sizes
         if was_full:
             self._notify()
-        return message
+
+    def hand_over(self) -> list[SessionMessage]:
+        """All messages that wait, for an engine with a stream of its own, which tells what it takes."""
+        messages: list[SessionMessage] = []
+        while self.inbox:
+            messages.append(self.inbox.popleft())
+        self._arrivals.clear()
+        return messages
 
     def tell(self, *told: Event | CloseCode) -> None:
         """Queue events for the client, and at last the code to close with; called on any thread."""
@@ -344,7 +367,7 @@ class Engine:
 
     def step(self) -> bool:
         """Take in what has come and make one step for those that are ready; False if there was nothing to do."""
-        streams = [s for s in self.streams if not s.over and len(s.outbox) < _MAX_WAITING_EVENTS]
+        streams = [s for s in self.streams if not s.over and len(s.outbox) < MAX_WAITING_EVENTS]
         self._steps += 1
         rows, max_chunks = self._choose(streams, time.monotonic())
         if rows:

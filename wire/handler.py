@@ -12,11 +12,11 @@ import logging
 import secrets
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from metrics import Metrics
 from models.recognizer import Recognizer
@@ -24,6 +24,7 @@ from models.translator import AnyTranslator
 from streaming.errors import DragomanError
 from streaming.events import ErrorEvent, Event, SessionResumed
 from streaming.messages import DEFAULTS, CloseCode, Resume
+from streaming.processes import Engines, Ticked
 from streaming.scheduler import Engine, Stream
 from streaming.speculation import Speculation
 from wire.dialect import Dialect, Frame
@@ -65,6 +66,27 @@ class Limits:
 
 class TransportClosed(Exception):
     """The connection has ended, from whichever side."""
+
+
+class Models(NamedTuple):
+    """What an engine computes with."""
+
+    recognizer: Recognizer
+    translator: AnyTranslator | None
+    speculation: Speculation | None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Engines in processes of their own.
+
+    Attributes:
+        count: How many.
+        load: Loads the models, in each of them; can be pickled.
+    """
+
+    count: int
+    load: Callable[[], Models]
 
 
 class Transport(Protocol):
@@ -186,6 +208,24 @@ def _notify(loop: asyncio.AbstractEventLoop, *events: asyncio.Event) -> None:
         loop.call_soon_threadsafe(look)
 
 
+def _engine(models: Models, limits: Limits, ticked: Ticked) -> Engine:
+    recognizer, translator, speculation = models
+    return Engine(
+        recognizer,
+        translator,
+        speculation,
+        slots=limits.max_sessions,
+        describe=partial(describe, recognizer=recognizer, translator=translator),
+        ticked=ticked,
+        ahead=limits.translate_ahead,
+        max_lag_s=limits.max_lag_s,
+    )
+
+
+def _loaded(load: Callable[[], Models], limits: Limits, ticked: Ticked) -> Engine:
+    return _engine(load(), limits, ticked)
+
+
 class Handler:
     """The sessions of a service, and their engine.
 
@@ -194,6 +234,7 @@ class Handler:
         limits: What sessions may take.
         translator: What translates, if sessions may ask for it.
         speculation: Shared by the sessions; None for none.
+        processes: What computes instead of a thread of this process, which then only says what the models can do.
     """
 
     def __init__(
@@ -202,20 +243,16 @@ class Handler:
         limits: Limits,
         translator: AnyTranslator | None = None,
         speculation: Speculation | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.limits = limits
         self.metrics = Metrics()
         self._describe = partial(describe, recognizer=recognizer, translator=translator)
-        self.engine = Engine(
-            recognizer,
-            translator,
-            speculation,
-            slots=limits.max_sessions,
-            describe=self._describe,
-            ticked=self.metrics.ticked,
-            ahead=limits.translate_ahead,
-            max_lag_s=limits.max_lag_s,
-        )
+        self.engine: Engine | Engines
+        if processes is None:
+            self.engine = _engine(Models(recognizer, translator, speculation), limits, self.metrics.ticked)
+        else:
+            self.engine = Engines(partial(_loaded, processes.load, limits), processes.count, ticked=self.metrics.ticked)
         self.engine.start()
         self.metrics.sessions.set_function(lambda: self.sessions)
         self.metrics.max_sessions.set(limits.max_sessions)
