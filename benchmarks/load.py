@@ -95,10 +95,9 @@ class Heard:
 
 
 @contextmanager
-def service(sessions: int, engines: int = 1) -> Iterator[tuple[str, int]]:
+def service(sessions: int, *options: str) -> Iterator[tuple[str, int]]:
     """A server process; its URL and process id."""
-    options = ["--port", "0", "--max-sessions", str(sessions), "--engines", str(engines)]
-    command = [sys.executable, "-m", "client.cli", "serve", *options]
+    command = [sys.executable, "-m", "client.cli", "serve", "--port", "0", "--max-sessions", str(sessions), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield listening(process), process.pid
@@ -177,9 +176,11 @@ def alone(
     return told([parse_event(event.to_json()) for event in session.push(pcm) + session.finish()])
 
 
-def ours(audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int, list[Event]], engines: int) -> Level:
+def ours(
+    audios: Sequence[np.ndarray], languages: Sequence[str], known: dict[int, list[Event]], engines: int, dtype: str
+) -> Level:
     """The load on our service; ``known`` is what each recording says alone."""
-    with service(len(audios), engines) as (url, pid):
+    with service(len(audios), "--engines", str(engines), "--dtype", dtype) as (url, pid):
 
         async def speakers() -> list[Heard]:
             begin_s = asyncio.get_running_loop().time() + 1.0 + 0.02 * len(audios)
@@ -286,6 +287,7 @@ def measure(
     languages: Sequence[str],
     *,
     engines: int,
+    dtype: str,
     beside_nemo: bool,
     stop: bool,
 ) -> list[Level]:
@@ -299,14 +301,14 @@ def measure(
             archive = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.nemo"
             reference.save_nemo(archive)
             runs.append(lambda audios: nemo(archive, reference.shape, audios))
-        recognizer = load_recognizer()
-        translator = load_translator(EMBEDDED_TRANSLATOR) if languages else None
+        recognizer = load_recognizer(dtype=dtype)
+        translator = load_translator(EMBEDDED_TRANSLATOR, dtype=dtype) if languages else None
 
         def own(audios: Sequence[np.ndarray]) -> Level:
             found = known.setdefault(len(audios), {})
             for i, one in enumerate(audios):
                 found[i] = alone(recognizer, translator, one, languages)
-            return ours(audios, languages, found, engines)
+            return ours(audios, languages, found, engines, dtype)
 
         for run in [own, *runs]:
             for count in counts:
@@ -323,6 +325,7 @@ def run(
     seconds: Annotated[float, typer.Option(help="Length of each.")] = 30.0,
     to: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Translate into this language.")] = None,
     engines: Annotated[int, typer.Option(help="Engines of our service.")] = 1,
+    dtype: Annotated[str, typer.Option(help="What our service computes in.")] = "float32",
     beside_nemo: Annotated[bool, typer.Option("--nemo", help="NeMo's pipeline with the same weights beside.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Go on after a number that is not held.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
@@ -331,7 +334,9 @@ def run(
     counts = sessions or [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
     languages = () if to is None else (to,)
     audio, stop = read_audio(recording), not every
-    levels = measure(audio, counts, seconds, languages, engines=engines, beside_nemo=beside_nemo, stop=stop)
+    levels = measure(
+        audio, counts, seconds, languages, engines=engines, dtype=dtype, beside_nemo=beside_nemo, stop=stop
+    )
     if as_json:
         print(json.dumps([asdict(level) | {"held": level.held} for level in levels]))
 

@@ -44,12 +44,20 @@ SHORT_STEP_FRAMES = 16
 LONG_STEP_FRAMES = 128
 
 
+class Room(NamedTuple):
+    """A state's caches with memory behind them for the frames of a step."""
+
+    attention: Tensor  # [L, 2, B, H, left + T, D/H]
+    conv: Tensor  # [L, B, kernel-1 + T, D]
+
+
 class Caches(NamedTuple):
     """What a state holds on the device; layouts as in :class:`EncoderState`."""
 
     subsampling: tuple[Tensor, Tensor, Tensor]
     attention: Tensor
     conv: Tensor
+    room: Room | None = None
 
     def first(self, rows: int) -> tuple[Tensor, ...]:
         """Views of the first rows, tensor by tensor."""
@@ -67,29 +75,39 @@ class EncoderState:
         attention: ``[L, 2, B, H, left, D/H]``, keys and values, oldest frame first; the last
             ``min(frames, left)`` are real.
         conv: ``[L, B, kernel-1, D]``, the inputs of the depthwise convolution, oldest first.
+        room: The last two with memory behind them, which the next step takes. Such a state is good for one step.
     """
 
     frames: Tensor
     subsampling: tuple[Tensor, Tensor, Tensor]
     attention: Tensor
     conv: Tensor
+    room: Room | None = None
 
     @property
     def caches(self) -> Caches:
         """What is on the device."""
-        return Caches(self.subsampling, self.attention, self.conv)
+        return Caches(self.subsampling, self.attention, self.conv, self.room)
 
     @staticmethod
-    def cat(states: list[EncoderState]) -> EncoderState:
-        """One batch of the rows of several states, in their order."""
+    def cat(states: list[EncoderState], *, room_frames: int = 0) -> EncoderState:
+        """One batch of the rows of several states, in their order.
+
+        Args:
+            states: At least one.
+            room_frames: Frames of a step for which to leave room, so that it need not copy the caches once more.
+        """
         if len(states) == 1:
             return states[0]
         first, second, third = (torch.cat([s.subsampling[i] for s in states]) for i in range(STAGES))
+        attention, attention_room = _joined([s.attention for s in states], 2, 4, room_frames)
+        conv, conv_room = _joined([s.conv for s in states], 1, 2, room_frames)
         return EncoderState(
             frames=torch.cat([s.frames for s in states]),
             subsampling=(first, second, third),
-            attention=torch.cat([s.attention for s in states], 2),
-            conv=torch.cat([s.conv for s in states], 1),
+            attention=attention,
+            conv=conv,
+            room=Room(attention_room, conv_room) if room_frames else None,
         )
 
     def row(self, index: int) -> EncoderState:
@@ -147,15 +165,6 @@ class StepShape(NamedTuple):
     bias: Tensor | None  # [B, 1, T, keys], added to the scores
     conv_mask: Tensor | None  # [B, T, 1]
     newest: Tensor | None  # int64[B, 1]: where each row's new frames end; None if all rows bring T
-
-
-class _Past(NamedTuple):
-    """One layer's caches of the last step, and the memory that takes them with this step's frames behind."""
-
-    attention: Tensor  # [2, B, H, left, D/H]
-    conv: Tensor  # [B, kernel-1, D]
-    attention_out: Tensor  # [2, B, H, left + T, D/H]
-    conv_out: Tensor  # [B, kernel-1 + T, D]
 
 
 class Replayed(Protocol):
@@ -310,11 +319,10 @@ class FastConformer(nn.Module):
             for w, p in zip(weights, positions, strict=True):
                 x = self.layer(x, w, p, None, shape)
             return x.view(B, T, D), None
-        # The caches grow by T into fresh memory; the caches after the step are views of their newest part.
-        attention, conv = _grown(past.attention, 4, T), _grown(past.conv, 2, T)
-        layers = (cache.unbind() for cache in (past.attention, past.conv, attention, conv))
-        for w, p, *caches in zip(weights, positions, *layers, strict=True):
-            x = self.layer(x, w, p, _Past(*caches), shape)
+        # The caches grow by T; those after the step are views of their newest part.
+        attention, conv = past.room or (_joined([past.attention], 2, 4, T)[1], _joined([past.conv], 1, 2, T)[1])
+        for w, p, *room in zip(weights, positions, attention, conv, strict=True):
+            x = self.layer(x, w, p, Room(*room), shape)
         after = Caches(
             subsampling=subsampling,
             attention=_newest(attention, cached, 4, shape.newest, row_dim=2),
@@ -335,21 +343,26 @@ class FastConformer(nn.Module):
             x = x * math.sqrt(self.config.d_model)
         return self._drop(x), after
 
-    def layer(self, x: Tensor, w: LayerWeights, positions: Positions, past: _Past | None, shape: StepShape) -> Tensor:
-        """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm."""
+    def layer(self, x: Tensor, w: LayerWeights, positions: Positions, past: Room | None, shape: StepShape) -> Tensor:
+        """One Conformer layer: half feed-forward, attention, convolution, half feed-forward, norm.
+
+        ``past`` is the layer's part of the caches, where the frames' own keys, values and inputs are written.
+        """
         B, D, H = len(shape.frames), x.shape[1], self.config.n_heads
         T = len(x) // B
         x, qkv = self.enter(x, w)
         new = qkv.view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
         query, keys, values = new.unbind()
         if past is not None:
-            keys, values = torch.cat([past.attention, new[1:]], 3, out=past.attention_out).unbind()
+            past.attention[:, :, :, -T:] = new[1:]
+            keys, values = past.attention.unbind()
         x = self.add_attention(x, w, self.attend(query, keys, values, positions, shape.visible, shape.bias))
         y = _masked(self.gate_channels(x, w).view(B, T, D), shape.conv_mask)
         if past is None:
             y = F.pad(y, (0, 0, self.config.conv_kernel_size - 1, 0))
         else:
-            y = torch.cat([past.conv, y], 1, out=past.conv_out)
+            past.conv[:, -T:] = y
+            y = past.conv
         return self.leave(x, w, self.convolve(y, w).reshape(B * T, D))
 
     # A layer in the steps that the adaptive encoder takes apart; x is a list of frames, [N, D].
@@ -539,9 +552,14 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _grown(cache: Tensor, dim: int, steps: int) -> Tensor:
-    """Fresh memory for a cache with so many more steps along ``dim``."""
-    return cache.new_empty([n + steps if d == dim else n for d, n in enumerate(cache.shape)])
+def _joined(caches: list[Tensor], row_dim: int, dim: int, room: int) -> tuple[Tensor, Tensor]:
+    """The rows of several caches in one, and the same memory with so many more steps along ``dim``."""
+    like, shape = caches[0], list(caches[0].shape)
+    shape[row_dim], shape[dim] = sum(cache.shape[row_dim] for cache in caches), shape[dim] + room
+    roomy = like.new_empty(shape)
+    joined = roomy.narrow(dim, 0, like.shape[dim])
+    torch.cat(caches, row_dim, out=joined)
+    return joined, roomy
 
 
 def _newest(x: Tensor, length: int, dim: int, newest: Tensor | None, *, row_dim: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ class EncoderStream:
 
     Attributes:
         state: The encoder's past, batch 1.
-        groups: What is not encoded yet: log-mel ``[n, 8, mel_bins]``, or the samples that a front end makes it of.
+        groups: What is not encoded yet: log-mel ``[8, mel_bins]`` each, or the samples that a front end makes it of.
         slots: Real slots in ``groups``.
         lookaheads: The look-ahead that was in force when each group came.
         lookahead_frames: The look-ahead in force, of a chunk or at most; may be changed between steps.
@@ -42,7 +42,7 @@ class EncoderStream:
     """
 
     state: EncoderState | FrontierState
-    groups: Tensor
+    groups: tuple[Tensor, ...]
     slots: int
     lookaheads: tuple[int, ...]
     lookahead_frames: int
@@ -54,13 +54,13 @@ class EncoderStream:
     def begin(cls, encoder: FastConformer, lookahead_frames: int, trial_sizes: tuple[int, ...] = ()) -> EncoderStream:
         """A stream that has not begun."""
         init = adaptive.init_state(encoder, 1) if encoder.config.adaptive else encoder.init_state(1)
-        return cls(init, torch.zeros(0), 0, (), lookahead_frames, trial_sizes)
+        return cls(init, (), 0, (), lookahead_frames, trial_sizes)
 
     def extended(self, groups: Tensor, slots: int, *, ended: bool) -> EncoderStream:
-        """The stream with more groups at its end."""
+        """The stream with more groups at its end, ``[n, …]``."""
         return replace(
             self,
-            groups=torch.cat([self.groups, groups]) if len(self.groups) else groups,
+            groups=self.groups + groups.unbind(),
             slots=self.slots + slots,
             lookaheads=self.lookaheads + (self.lookahead_frames,) * len(groups),
             ended=self.ended or ended,
@@ -70,7 +70,7 @@ class EncoderStream:
         """Groups that the next step may take: whole chunks, and at the end the rest."""
         if isinstance(self.state, FrontierState):
             return min(len(self.groups), 1 if max_chunks == 1 else max_chunks * ADAPTIVE_CHUNK_FRAMES)
-        if not len(self.groups):
+        if not self.groups:
             return 0
         chunk, max_chunks = self.chunk_frames, 1 if self.trial_sizes else max_chunks
         available = min(len(self.groups), max_chunks * chunk)
@@ -158,7 +158,7 @@ def encode(
     """
     counts = [stream.ready_frames(max_chunks) for stream in streams]
     slots = [min(stream.slots, count * SUBSAMPLING_FACTOR) for stream, count in zip(streams, counts, strict=True)]
-    groups = torch.cat([stream.groups[:count] for stream, count in zip(streams, counts, strict=True)])
+    groups = torch.stack([g for stream, count in zip(streams, counts, strict=True) for g in stream.groups[:count]])
     mel = _in_rows(groups if front_end is None else front_end.mel(groups), counts)
     mel = mel.to(encoder.pre_encode.out.weight)  # all rows in one transfer
     run = _adaptive if encoder.config.adaptive else _chunks
@@ -186,7 +186,8 @@ def _chunks(
     encoder: FastConformer, streams: Sequence[EncoderStream], mel: Tensor, counts: list[int], slots: Tensor
 ) -> _Result:
     chunks = [stream.chunk_frames for stream in streams]
-    past = EncoderState.cat([stream.state for stream in streams if isinstance(stream.state, EncoderState)])
+    states = [stream.state for stream in streams if isinstance(stream.state, EncoderState)]
+    past = EncoderState.cat(states, room_frames=max(counts))
     encoded, state = encoder.step(mel, past, slots=slots, chunk_frames=torch.tensor(chunks))
     assert state is not None
     starts = past.frames.tolist()

@@ -304,7 +304,7 @@ class Session(Teller):
         return not self._silent(done.reach[-1] + 1, SILENCE_EVIDENCE_FRAMES)
 
     def _at_end(self) -> bool:
-        return self._encoder.ended and not len(self._encoder.groups)
+        return self._encoder.ended and not self._encoder.groups
 
     def _transcribed(self, words: list[EmittedWord], reach: int, *, closes: bool) -> None:
         if words:

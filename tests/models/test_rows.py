@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ def leaves(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for field in fields(value):
         part = getattr(value, field.name)
-        found += part if isinstance(part, tuple) else [part]
+        found += [] if part is None else part if isinstance(part, tuple) else [part]
     return found
 
 
@@ -53,6 +53,20 @@ def test_all_rows_at_once_are_the_rows_one_by_one(make: Any, rows: int) -> None:
             tensor.zero_()
         for got, expected in zip(leaves(type(batch).cat(parts)), before, strict=True):
             assert torch.equal(got, expected), "a row shares no memory with its batch"
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_room_for_a_step_stands_behind_the_caches(rows: int) -> None:
+    parts = state(rows).rows()
+    roomy, plain = EncoderState.cat(parts, room_frames=3), EncoderState.cat(parts)
+    for got, expected in zip(leaves(replace(roomy, room=None)), leaves(plain), strict=True):
+        assert torch.equal(got, expected)
+    assert roomy.room is not None and plain.room is None
+    roomy.room.attention.zero_()
+    roomy.room.conv.zero_()
+    assert not roomy.attention.any() and not roomy.conv.any(), "it is the same memory"
+    assert roomy.room.attention.shape == (2, 2, rows, 2, 10, 4) and roomy.room.conv.shape == (2, rows, 11, 8)
+    assert all(part.attention.any() for part in parts)
 
 
 def test_rows_of_a_view_are_copied() -> None:
