@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -19,6 +19,7 @@ from client.evaluate import read_sets, score, session_configs
 from client.report import draw_curve, markdown_table, require_curve
 from models.checkpoint import load_recognizer, save_checkpoint
 from models.config import ModelConfig
+from models.folder import WEIGHTS, read_tensors, require_fit
 from models.recognizer import RecognizerNet
 from training.asr.train import CHUNK_LOOKAHEADS
 
@@ -42,7 +43,20 @@ def averaged(run: Path, *, chunked: bool = False) -> tuple[ModelConfig, dict[str
     return replace(config, encoder=encoder), {n: tensor for n, tensor in weights.items() if ".lookahead." not in n}
 
 
-def export(run: Path, tokenizer: Path, out: Path, card: str, *, chunked: bool = False) -> None:
+class Other(NamedTuple):
+    """A model whose weights are averaged with those of a run, and its share of the mean, 0 to 1.
+
+    Weights between those that a run began with and those that it ended with can be better than either (Wortsman et al.,
+    "Robust fine-tuning of zero-shot models", arXiv 2109.01903, §3).
+    """
+
+    folder: Path
+    share: float
+
+
+def export(
+    run: Path, tokenizer: Path, out: Path, card: str, *, chunked: bool = False, other: Other | None = None
+) -> None:
     """Writes the averaged weights of ``run/last.pt`` in bf16.
 
     Args:
@@ -51,11 +65,20 @@ def export(run: Path, tokenizer: Path, out: Path, card: str, *, chunked: bool = 
         out: The model folder.
         card: Its model card, Markdown.
         chunked: As in :func:`averaged`.
+        other: What to average them with.
+
+    Raises:
+        DragomanError: ``bad_checkpoint`` if the other model is of another shape.
     """
     config, average = averaged(run, chunked=chunked)
     net = RecognizerNet(config)
     net.load_state_dict(average)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in net.checkpoint().items()}
+    weights = net.checkpoint()
+    if other is not None:
+        theirs = read_tensors(other.folder / WEIGHTS)
+        require_fit(weights, theirs, f"the weights in {other.folder}")
+        weights = {name: tensor.lerp(theirs[name].to(tensor), other.share) for name, tensor in weights.items()}
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_checkpoint(out, config, weights, tokenizer.read_bytes(), card)
 
 
@@ -66,6 +89,8 @@ def run_export(
     out: Annotated[Path, typer.Option(help="The model folder.")],
     manifest: Annotated[list[Path], typer.Option(help="What to score; may be given several times.")],
     chunked: Annotated[bool, typer.Option(help="Leave gates out and look ahead in chunks.")] = False,
+    mean_with: Annotated[Path | None, typer.Option(help="Model folder to average the weights with.")] = None,
+    mean_share: Annotated[float, typer.Option(min=0, max=1, help="Its share.")] = 0.5,
     threads: int = 2,
 ) -> None:
     """Exports, scores every manifest with both heads, the transducer at every look-ahead, and writes card and curve.
@@ -74,7 +99,8 @@ def run_export(
     """
     require_curve(out.parent / CURVE)
     torch.set_num_threads(threads)
-    export(run, tokenizer, out, notes.read_text(encoding="utf-8"), chunked=chunked)
+    other = None if mean_with is None else Other(mean_with, mean_share)
+    export(run, tokenizer, out, notes.read_text(encoding="utf-8"), chunked=chunked, other=other)
     recognizer = load_recognizer(out)
     configs = session_configs(recognizer, ["ctc"])
     configs += session_configs(recognizer, ["rnnt"], recognizer.lookaheads_ms)

@@ -13,13 +13,16 @@ import pytest
 import soundfile
 import torch
 import typer
+from safetensors.torch import save_file
 
 from models.adaptive import encode_whole
 from models.config import FeatureConfig
+from models.folder import read_tensors
+from streaming.errors import DragomanError
 from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
-from training.asr.export import CURVE, SCORES_MARK, export, run_export
+from training.asr.export import CURVE, SCORES_MARK, Other, export, run_export
 from training.asr.train import (
     CHUNK_LOOKAHEADS,
     Recipe,
@@ -208,6 +211,25 @@ def test_export_writes_the_average_in_bf16(tmp_path: Path) -> None:
     net = load_recognizer(tmp_path / "model").net
     expected = learner.average["encoder.pre_encode.out.weight"].bfloat16().float()
     assert torch.equal(net.encoder.pre_encode.out.weight, expected)
+
+
+def test_export_writes_the_mean_with_another_model(tmp_path: Path) -> None:
+    learner = trainer()
+    learner.save(tmp_path / "last.pt")
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tokenizer())
+    files = tmp_path, tmp_path / "tokenizer.model"
+    export(*files, tmp_path / "old", "card")
+    for tensor in learner.average.values():
+        tensor += 1.0
+    learner.save(tmp_path / "last.pt")
+    export(*files, tmp_path / "mean", "card", other=Other(tmp_path / "old", 0.25))
+    old, mean = (read_tensors(tmp_path / name / "model.safetensors") for name in ("old", "mean"))
+    for name, tensor in old.items():
+        torch.testing.assert_close(mean[name].float(), tensor.float() + 0.75, atol=0.02, rtol=0.01)
+    smaller = {name: tensor[:1] for name, tensor in old.items()}
+    save_file(smaller, tmp_path / "old" / "model.safetensors")
+    with pytest.raises(DragomanError, match="the weights in .*old"):
+        export(*files, tmp_path / "mean", "card", other=Other(tmp_path / "old", 0.25))
 
 
 @pytest.fixture
