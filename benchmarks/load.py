@@ -11,7 +11,7 @@ compared with those of the same audio in a session alone.
 
 With ``--nemo``, the same load is also put on NeMo 3.0.0's own streaming pipeline with the same weights, in this process
 and without sockets, in chunks of the largest look-ahead: whenever it is free, it takes the next chunk of every stream
-that has one. Both have all cores that they want.
+that has one. Both have all cores that they want; our service, as many engines as ``--engines`` says.
 """
 
 from __future__ import annotations
@@ -203,12 +203,17 @@ async def _warm(url: str, audio: np.ndarray, languages: Sequence[str], engines: 
     await asyncio.gather(*(speak(url, audio[: 4 * SAMPLE_RATE_HZ], begun_s, languages) for _ in range(engines)))
 
 
+def family(pid: int) -> list[int]:
+    """A process, and those that it has started, and so on."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    started = [int(child) for thread in threads for child in thread.read_text().split()]
+    return [pid, *(one for child in started for one in family(child))]
+
+
 def _cpu_seconds(pid: int) -> float:
     """Of a process and of those that it has started."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return own + sum(_cpu_seconds(int(child)) for thread in threads for child in thread.read_text().split())
+    stats = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in family(pid)]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def _level(engine: str, sessions: int, lags: Sequence[float], identical: bool | None, cores: float) -> Level:
@@ -219,7 +224,7 @@ def _level(engine: str, sessions: int, lags: Sequence[float], identical: bool | 
 # -------------------------------------------------------------------------------------------------------------- NeMo
 
 
-def nemo(archive: Path, shape: Shape, audios: Sequence[np.ndarray]) -> Level:
+def nemo(archive: Path, shape: Shape, audios: Sequence[np.ndarray], dtype: str) -> Level:
     """The load on NeMo's pipeline. A step's lag counts for each of its streams, whether it brought text or not."""
     from nemo.collections.asr.inference.streaming.framing.request import Frame
     from nemo.collections.asr.inference.streaming.framing.request_options import ASRRequestOptions
@@ -227,7 +232,7 @@ def nemo(archive: Path, shape: Shape, audios: Sequence[np.ndarray]) -> Level:
     from benchmarks.pipeline import nemo_pipeline
 
     lookahead_frames = max(shape.lookahead_frames)
-    pipeline = nemo_pipeline(archive, shape, lookahead_frames, len(audios))
+    pipeline = nemo_pipeline(archive, shape, lookahead_frames, len(audios), dtype)
     chunk = (lookahead_frames + 1) * FRAME_SAMPLES
     chunks = [len(audio) // chunk for audio in audios]
 
@@ -300,7 +305,7 @@ def measure(
             reference = of_folder(EMBEDDED_MODEL)
             archive = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.nemo"
             reference.save_nemo(archive)
-            runs.append(lambda audios: nemo(archive, reference.shape, audios))
+            runs.append(lambda audios: nemo(archive, reference.shape, audios, dtype))
         recognizer = load_recognizer(dtype=dtype)
         translator = load_translator(EMBEDDED_TRANSLATOR, dtype=dtype) if languages else None
 
@@ -325,7 +330,7 @@ def run(
     seconds: Annotated[float, typer.Option(help="Length of each.")] = 30.0,
     to: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Translate into this language.")] = None,
     engines: Annotated[int, typer.Option(help="Engines of our service.")] = 1,
-    dtype: Annotated[str, typer.Option(help="What our service computes in.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="What is computed in; by NeMo with autocast.")] = "float32",
     beside_nemo: Annotated[bool, typer.Option("--nemo", help="NeMo's pipeline with the same weights beside.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Go on after a number that is not held.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,

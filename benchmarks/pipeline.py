@@ -40,14 +40,15 @@ from streaming.session import Session, SessionConfig
 BLANK_LEAD = 6.0
 
 
-def nemo_pipeline(archive: Path, shape: Shape, lookahead_frames: int, streams: int) -> Any:
-    """NeMo's pipeline on the CPU in fp32; what is not about speed is as in its example's configuration.
+def nemo_pipeline(archive: Path, shape: Shape, lookahead_frames: int, streams: int, dtype: str = "float32") -> Any:
+    """NeMo's pipeline on the CPU; what is not about speed is as in its example's configuration.
 
     Args:
         archive: A ``.nemo`` file.
         shape: Of its model.
         lookahead_frames: Encoder frames; one of those that the model was made for.
         streams: How many run in a batch.
+        dtype: ``float32``, or ``bfloat16`` with autocast.
     """
     from nemo.collections.asr.inference.factory.pipeline_builder import PipelineBuilder
     from omegaconf import OmegaConf
@@ -60,8 +61,8 @@ def nemo_pipeline(archive: Path, shape: Shape, lookahead_frames: int, streams: i
             "model_name": str(archive),
             "device": "cpu",
             "device_id": 0,
-            "compute_dtype": "float32",
-            "use_amp": False,
+            "compute_dtype": dtype,
+            "use_amp": dtype != "float32",
             "decoding": {"strategy": "greedy_batch", "fused_batch_size": -1, "greedy": greedy},
         },
         "streaming": {

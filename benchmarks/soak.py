@@ -23,7 +23,7 @@ from typing import Annotated, Final, TypedDict
 import numpy as np
 import typer
 
-from benchmarks.load import alone, service, told
+from benchmarks.load import alone, family, service, told
 from benchmarks.speed import PIECE_SAMPLES, read_audio
 from client.connection import connect, exchange
 from models.checkpoint import load_recognizer
@@ -62,7 +62,7 @@ class Minute(TypedDict):
 
     Attributes:
         minute: Its number.
-        resident_mb: Memory of the server after it.
+        resident_mb: Memory of the server's processes after it.
         sessions: Those that ended in it.
         losses: How many of these had lost their connection.
         words: What they were told, in all languages.
@@ -157,7 +157,7 @@ async def soak(url: str, pid: int, known: Sequence[Script], seats: int, minutes:
 
 def _minute(number: int, tally: Tally, pid: int) -> Minute:
     p50, p95 = np.percentile(tally.lags_ms, (50, 95)).tolist() if tally.lags_ms else (None, None)
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
     return Minute(
         minute=number,
         resident_mb=pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
@@ -188,13 +188,14 @@ def run(
     minutes: Annotated[int, typer.Option(min=1, help="How long.")] = 60,
     seats: Annotated[int, typer.Option(help="Sessions at the same time.")] = 8,
     variants: Annotated[int, typer.Option(help="Different sessions.")] = 16,
+    engines: Annotated[int, typer.Option(help="Engines of the service.")] = 1,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
 ) -> None:
     """Prints memory and lag over time, and how many sessions were not told what they are told alone."""
     random.seed(seed)
     known = scripts(read_audio(recording), variants)
-    with service(seats + 2) as (url, pid):
+    with service(seats + 2, "--engines", str(engines)) as (url, pid):
         seen = asyncio.run(soak(url, pid, known, seats, minutes))
     first = seen[min(5, minutes) - 1]
     last = seen[-2]

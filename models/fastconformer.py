@@ -613,11 +613,13 @@ class _Subsampling(nn.Module):
         for i, stage in enumerate(stages):
             x = _masked(x, masks[i])
             before = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if past is None else past[i]
-            x = torch.cat([before, x], 2)
+            x = torch.cat([before.contiguous(memory_format=torch.channels_last), x], 2)
             per_frame = SUBSAMPLING_FACTOR >> i
             caches.append(_newest(x, 1, 2, None if shape.newest is None else shape.newest * per_frame))
             # Causal in time: the carried frame stands left. NeMo pads frequency as it pads time, (2, 1).
             x = F.pad(x, (2, 1))
+            if i == 0:  # what has one channel stands in either order, and has to say so for the next to keep to it
+                x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
             for module in stage:
                 x = module(x)
         x = _masked(x, masks[STAGES])

@@ -218,12 +218,23 @@ class Stream:
         return timed
 
     def take(self) -> SessionMessage:
-        """The next message for the engine, on whose thread this is called; of much audio, the beginning."""
-        message, whole = self.inbox.popleft(), 1
-        if isinstance(message, bytes) and len(message) > (most := _MAX_PIECE_S * self.bytes_per_s):
-            message, rest, whole = message[:most], message[most:], 0
-            self.inbox.appendleft(rest)
-        self.taken = (self._taken_bytes + _size(message), self._taken_messages + whole)
+        """The next message for the engine, on whose thread this is called; of audio, what may be taken in at once."""
+        message, messages, most = self.inbox.popleft(), 1, _MAX_PIECE_S * self.bytes_per_s
+        if isinstance(message, bytes):
+            pieces, size = [message], len(message)
+            # Of floats, what can be read is told before what cannot: a piece stays as it came.
+            joins = self._format.encoding == "s16le"
+            while joins and size < most and self.inbox and isinstance(piece := self.inbox[0], bytes):
+                pieces.append(piece)
+                size += len(piece)
+                messages += 1
+                self.inbox.popleft()
+            message = b"".join(pieces)
+            if size > most:
+                message, rest = message[:most], message[most:]
+                messages -= 1
+                self.inbox.appendleft(rest)
+        self.taken = (self._taken_bytes + _size(message), self._taken_messages + messages)
         return message
 
     @property

@@ -226,7 +226,13 @@ def test_a_step_takes_in_little_of_much(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(200):
         stream.put(b"\0\0")
     worker.step()
-    assert len(taken) == scheduler._MAX_MESSAGES
+    assert taken == [400], "small pieces are taken in as one"
+    taken.clear()
+    stream = begun(worker, SessionConfig(AudioFormat("f32le")))
+    for _ in range(200):
+        stream.put(b"\0\0\0\0")
+    worker.step()
+    assert taken == [4] * (scheduler._MAX_MESSAGES - 1), "beside the settings"
     run(worker)
     assert stream.waiting_bytes == 0 and stream.has_room
 
