@@ -59,6 +59,8 @@ _ANSWER_TIMEOUT_S: Final = 30.0  # for the service to answer the declaration
 _KEPT_BYTES: Final = 16 << 20  # sent last, and kept for a service that might not have got it
 _MIN_BACKOFF_S: Final = 0.1  # between attempts to connect again, growing
 _MAX_BACKOFF_S: Final = 5.0
+_PING_EVERY_S: Final = 10.0
+_SILENCE_S: Final = 20.0  # without an event or an answer to a ping, after which nobody is there any more
 _CLOSE_TIMEOUT_S: Final = 1.0  # for the service to say goodbye, when the session is left before its end
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
@@ -137,7 +139,10 @@ class LiveSession:
         self._sending = asyncio.Lock()
         self._relinking: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._receiving = asyncio.Lock()
+        self._listens = False  # for the next frame
+        self._frames = 0  # that have come
         self._waiting: deque[Event] = deque()  # received, and not yet given to the caller
         self._error: ServiceError | None = None  # if that is what the service told last
         self._given_up: ServiceError | None = None  # why the session could not be gone on with
@@ -167,6 +172,7 @@ class LiveSession:
         self._waiting.append(event)
         self.settings = event
         self._begun = True
+        self._watching = asyncio.create_task(self._watch())
 
     async def send(self, pcm: Pcm) -> None:
         """Send audio of any length; wait while the service is behind.
@@ -227,11 +233,15 @@ class LiveSession:
         """
         while True:
             connection = self._connection
+            self._listens = True
             try:
                 frame = await connection.recv()
             except ConnectionClosed:
                 await self._relink(connection)
                 continue
+            finally:
+                self._listens = False
+            self._frames += 1
             event = _parsed(frame)
             if event.seq > self._seq:
                 break
@@ -239,6 +249,23 @@ class LiveSession:
         self._error = reported(event) if isinstance(event, ErrorEvent) else None
         self._over |= isinstance(event, SessionClosed)
         return event
+
+    async def _watch(self) -> None:
+        """Give a connection up behind which nobody is any more, as when a network has gone without a word.
+
+        The answer to a ping waits behind audio that the service has not read yet. So it is the silence that counts:
+        neither an event nor an answer, while somebody waits for one.
+        """
+        while True:
+            await asyncio.sleep(_PING_EVERY_S)
+            connection, frames = self._connection, self._frames
+            with suppress(ConnectionClosed):
+                try:
+                    async with asyncio.timeout(_SILENCE_S):
+                        await (await connection.ping())
+                except TimeoutError:
+                    if self._listens and self._frames == frames:
+                        connection.transport.abort()
 
     async def _send(self, message: str | bytes) -> None:
         self._kept.append(message)
@@ -335,7 +362,7 @@ class LiveSession:
     async def close(self) -> None:
         """Close the connection, whatever is still to come."""
         self._over = True
-        tasks = [task for task in (self._relinking, self._catching_up) if task is not None]
+        tasks = [task for task in (self._watching, self._relinking, self._catching_up) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -392,8 +419,7 @@ async def _open(url: str, token: str | None, tls: ssl.SSLContext | None) -> Clie
         return await connect_websocket(
             url,
             compression=None,  # PCM does not compress
-            # The answer to a ping waits behind audio that the service has not read yet: it would tell nothing.
-            ping_interval=None,
+            ping_interval=None,  # the session has pings of its own
             max_queue=_WAITING_EVENTS,
             close_timeout=_CLOSE_TIMEOUT_S,
             proxy=None if urlsplit(url).hostname in _LOOPBACK else True,

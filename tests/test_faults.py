@@ -266,7 +266,7 @@ async def test_a_client_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
                 self._events = [*self._events[:-1], replace(event, delta="x" * 1_000_000)]
 
     monkeypatch.setattr(scheduler, "Session", Talkative)
-    monkeypatch.setattr(scheduler, "_MAX_WAITING_EVENTS", 4)
+    monkeypatch.setattr(scheduler, "MAX_WAITING_EVENTS", 4)
     monkeypatch.setattr(wire.handler, "_SEND_TIMEOUT_S", 0.5)
 
     async def ignore_all() -> None:

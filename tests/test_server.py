@@ -734,7 +734,7 @@ async def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(scheduler, "Session", Talkative)
     monkeypatch.setattr(wire.handler, "_SEND_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(scheduler, "_MAX_WAITING_EVENTS", 4)
+    monkeypatch.setattr(scheduler, "MAX_WAITING_EVENTS", 4)
     async with running_service(max_sessions=1, metrics=True) as url:
         async with connect(url, max_queue=1, close_timeout=0.1) as connection:
             await send_event(connection, "session.update", session=RATE_16K)

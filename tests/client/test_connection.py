@@ -323,7 +323,7 @@ async def test_events_that_nobody_takes_hold_the_service_back(monkeypatch: pytes
             self._events[-1] = event.__class__(**{**vars(event), "delta": " " + "x" * 400_000})
 
     monkeypatch.setattr(scheduler, "Session", Talkative)
-    monkeypatch.setattr(scheduler, "_MAX_WAITING_EVENTS", 4)
+    monkeypatch.setattr(scheduler, "MAX_WAITING_EVENTS", 4)
     monkeypatch.setattr("client.connection._WAITING_EVENTS", 4)
     async with running_service() as url, connect(url) as session:
         await session.send(pcm([0.2] * 70))  # fits into what may wait for the engine
@@ -483,6 +483,50 @@ async def test_a_lost_session_that_does_not_come_back_is_given_up() -> None:
         with pytest.raises(ServiceError):
             await session.send(pcm([0.2]))
         assert [event async for event in session] == []
+
+
+async def test_a_network_that_has_gone_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.connection, "_PING_EVERY_S", 0.1)
+    monkeypatch.setattr(client.connection, "_SILENCE_S", 0.5)
+    sentences: list[str] = []
+    is_noticed = asyncio.Event()
+
+    def notice(sentence: str) -> None:
+        sentences.append(sentence)
+        is_noticed.set()
+
+    async def speak(session: LiveSession) -> None:
+        await session.send(pcm([0.2, 0.3]))
+        await asyncio.sleep(1.2)  # nobody speaks, and still somebody is there
+        assert not sentences
+        proxy.stall()
+        await session.send(pcm([0.4]))
+        await is_noticed.wait()
+        proxy.mend()
+        await session.send(pcm([0.5]))
+        await session.finish()
+
+    heard: list[Event] = []
+    async with (
+        running_service() as url,
+        Proxy(url) as proxy,
+        connect(proxy.url, notice=notice) as session,
+        asyncio.timeout(30),
+    ):
+        await exchange(session, speak(session), heard.append)
+    assert text(heard) == " w20 w30 w40 w50" and sentences[-1] == "the session goes on"
+
+
+async def test_a_caller_that_takes_no_events_loses_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.connection, "_PING_EVERY_S", 0.05)
+    monkeypatch.setattr(client.connection, "_SILENCE_S", 0.1)
+    async with running_service() as url, Proxy(url) as proxy, connect(proxy.url) as session:
+        proxy.stall()
+        await asyncio.sleep(0.6)
+        proxy.mend()
+        await session.send(pcm([0.2]))
+        await session.finish()
+        assert text([event async for event in session]) == " w20" and proxy.connections == 1
 
 
 async def test_a_session_that_the_service_has_forgotten_is_given_up_at_once() -> None:

@@ -134,7 +134,7 @@ def test_limits_and_close_codes() -> None:
     for number in (
         f"`--max-sessions`, {defaults.max_sessions} ",
         f" {scheduler._MAX_WAITING_S} s, or {scheduler._MAX_WAITING_MESSAGES:,} messages ",
-        f" {scheduler._MAX_WAITING_EVENTS} ",
+        f" {scheduler.MAX_WAITING_EVENTS} ",
         f" {handler._SEND_TIMEOUT_S:g} s ",
         f" {defaults.idle_timeout_s:g} s ",
         f" {server.GOODBYE_TIMEOUT_S:g} s ",
