@@ -277,14 +277,14 @@ class EngineProcess:
                 return
 
     def _ended(self, process: multiprocessing.process.BaseProcess, connection: Connection) -> None:
-        connection.close()
+        with self._lock:  # what is added from now on is for the next process
+            connection.close()
+            lost = [far.stream for far in self._fars.values() if not far.removed]
+            self._fars = {}
         process.join(_STOP_S if self._stopping else 1.0)
         process.kill()  # it does not tell any more
         if self._stopping:
             return
-        with self._lock:
-            lost = [far.stream for far in self._fars.values() if not far.removed]
-            self._fars = {}
         logger.error("an engine's process has died; %d sessions end with it, and another one starts", len(lost))
         for stream in lost:
             if not stream.over:
@@ -294,18 +294,25 @@ class EngineProcess:
 
     def _send(self, connection: Connection) -> None:
         with suppress(OSError):
-            while not connection.closed:
+            while True:
                 self._changed.wait()
                 self._changed.clear()
                 if self._stopping:
                     connection.send(None)
                     return
-                if batch := self._batch():
+                batch = self._batch(connection)
+                if batch is None:
+                    break
+                if batch:
                     connection.send(batch)
                 time.sleep(_GATHERING_S)
+        self._changed.set()  # for the next process
 
-    def _batch(self) -> list[_Forth]:
+    def _batch(self, connection: Connection) -> list[_Forth] | None:
+        """What a process does not know yet; None if it has died, and is not to be told."""
         with self._lock:
+            if connection.closed:
+                return None
             found = [far.forth(number) for number, far in self._fars.items()]
             self._fars = {number: far for number, far in self._fars.items() if not far.removed}
         return [forth for forth in found if forth is not None]

@@ -25,7 +25,7 @@ from tests import tiny
 from tests.fakes import FakeRecognizer, FakeSession, FakeTranslator, fake_tick, pcm
 from tests.streaming.test_scheduler import alone, scripts, told
 
-WAIT_S: Final = 60.0
+WAIT_S: Final = 30.0
 
 
 def make(recognizer: object, translator: object, ticked: Ticked) -> Engine:
@@ -197,6 +197,24 @@ def test_a_process_that_dies_ends_its_sessions_and_no_others(fake: Engines) -> N
         client.put(pcm([0.7]), Command.CLOSE)
         assert client.read_all() is CloseCode.NORMAL_CLOSURE and client.words == " w70"
     assert dead not in [process.pid for process in fake.processes]
+
+
+def test_what_is_said_while_a_process_starts_again_is_not_lost() -> None:
+    engine = EngineProcess(make_fake, lambda rows, duration_s: None, threads=1)
+    engine.start()
+    lost, following = Stream(lambda: None), Stream(lambda: None)
+    engine.add(lost)
+    os.kill(cast(int, engine.pid), signal.SIGKILL)
+    until(lambda: lost.over)
+    engine.add(following)
+    for message in (SessionConfig(), pcm([0.3, 0.4]), Command.CLOSE):
+        following.put(message)
+        engine.wake()
+        time.sleep(0.05)
+    until(lambda: following.over)
+    events = [event for event in following.outbox if isinstance(event, TranscriptDelta)]
+    assert "".join(event.delta for event in events) == " w30 w40"
+    engine.stop()
 
 
 def test_a_session_that_is_removed_is_forgotten_there_too() -> None:
