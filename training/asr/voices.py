@@ -293,6 +293,8 @@ class Festival:
         finally:
             timer.cancel()
         if not answer:
+            process.kill()  # it may not have ended yet
+            process.wait()
             raise SpeechError(f"festival ended or took more than {_PROGRAM_TIMEOUT_S:.0f} s: {expression}")
 
 
