@@ -182,16 +182,20 @@ def ours(
     """The load on our service; ``known`` is what each recording says alone."""
     with service(len(audios), "--engines", str(engines), "--dtype", dtype) as (url, pid):
 
-        async def speakers() -> list[Heard]:
-            begin_s = asyncio.get_running_loop().time() + 1.0 + 0.02 * len(audios)
+        async def speakers() -> tuple[list[Heard], float]:
+            """What they were told, and the cores that the service took from their first word on."""
+            clock = asyncio.get_running_loop().time
+            begin_s = clock() + 1.0 + 0.02 * len(audios)
             offsets = [_STAGGER_S * i / len(audios) for i in range(len(audios))]
-            tasks = [speak(url, audio, begin_s + at, languages) for audio, at in zip(audios, offsets, strict=True)]
-            return await asyncio.gather(*tasks)
+            talks = [speak(url, audio, begin_s + at, languages) for audio, at in zip(audios, offsets, strict=True)]
+            talking = asyncio.gather(*talks)
+            await asyncio.sleep(begin_s - clock())
+            cpu = _cpu_seconds(pid)
+            heard = await talking
+            return heard, (_cpu_seconds(pid) - cpu) / (clock() - begin_s)
 
         asyncio.run(_warm(url, audios[0], languages, engines))
-        begun, cpu = time.monotonic(), _cpu_seconds(pid)
-        heard = asyncio.run(speakers())
-        cores = (_cpu_seconds(pid) - cpu) / (time.monotonic() - begun)
+        heard, cores = asyncio.run(speakers())
     lags = [lag for one in heard for lag in one.lags_ms if lag is not None]
     identical = all(told(one.events) == known[i] for i, one in enumerate(heard))
     return _level("dragoman", len(audios), lags, identical, cores)
