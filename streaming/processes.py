@@ -26,7 +26,7 @@ import torch
 from streaming.errors import DragomanError
 from streaming.events import Event
 from streaming.messages import CloseCode, SessionMessage
-from streaming.scheduler import MAX_WAITING_EVENTS, SWITCH_INTERVAL_S, Engine, Stream
+from streaming.scheduler import MAX_WAITING_EVENTS, SWITCH_INTERVAL_S, Engine, Stream, Streams
 
 _GATHERING_S: Final = 0.01  # between two batches through a pipe, whose cost hardly depends on their size
 _RESTART_S: Final = 1.0
@@ -326,7 +326,7 @@ class EngineProcess:
                 far.hear(back)
 
 
-class Engines:
+class Engines(Streams):
     """Several engines as one; its interface is an engine's.
 
     Args:
@@ -344,21 +344,6 @@ class Engines:
     def streams(self) -> list[Stream]:
         """The sessions."""
         return list(self._of)
-
-    @property
-    def sessions(self) -> int:
-        """How many sessions there are."""
-        return len(self._of)
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Audio that waits for the engines."""
-        return sum(stream.waiting_bytes for stream in self._of)
-
-    @property
-    def waiting_events(self) -> int:
-        """Events that wait for their clients."""
-        return sum(len(stream.outbox) for stream in self._of)
 
     def start(self) -> None:
         """Begin to compute, once the models are loaded.
@@ -388,8 +373,3 @@ class Engines:
         """End the processes after their present steps."""
         for process in self.processes:
             process.stop()
-
-    def end_all(self, code: str, message: str, close_code: CloseCode) -> None:
-        """End every session with the same error."""
-        for stream in self.streams:
-            stream.fail(code, message, close_code)

@@ -273,7 +273,36 @@ def _size(message: SessionMessage) -> int:
     return len(message) if isinstance(message, bytes) else 0
 
 
-class Engine:
+class Streams:
+    """What there is to tell of the sessions of an engine, or of several."""
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The sessions."""
+        raise NotImplementedError
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions there are."""
+        return len(self.streams)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Audio that waits for the engine."""
+        return sum(stream.waiting_bytes for stream in self.streams)
+
+    @property
+    def waiting_events(self) -> int:
+        """Events that wait for their clients."""
+        return sum(len(stream.outbox) for stream in self.streams)
+
+    def end_all(self, code: str, message: str, close_code: CloseCode) -> None:
+        """End every session with the same error."""
+        for stream in self.streams:
+            stream.fail(code, message, close_code)
+
+
+class Engine(Streams):
     """The one thread that computes, for all sessions together; `start` begins.
 
     Args:
@@ -322,21 +351,6 @@ class Engine:
         """The sessions, in the order of their slots."""
         return [stream for stream in self._slots if stream is not None]
 
-    @property
-    def sessions(self) -> int:
-        """How many sessions there are."""
-        return len(self.streams)
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Audio that waits for the engine."""
-        return sum(stream.waiting_bytes for stream in self.streams)
-
-    @property
-    def waiting_events(self) -> int:
-        """Events that wait for their clients."""
-        return sum(len(stream.outbox) for stream in self.streams)
-
     def add(self, stream: Stream) -> None:
         """Begin to work for a session.
 
@@ -363,11 +377,6 @@ class Engine:
         self._stopping = True
         self._wake.set()
         self._thread.join()
-
-    def end_all(self, code: str, message: str, close_code: CloseCode) -> None:
-        """End every session with the same error."""
-        for stream in self.streams:
-            stream.fail(code, message, close_code)
 
     def _run(self) -> None:
         while not self._stopping:
