@@ -258,13 +258,13 @@ class LiveSession:
         """
         while True:
             await asyncio.sleep(_PING_EVERY_S)
-            connection, frames = self._connection, self._frames
+            connection, listened, frames = self._connection, self._listens, self._frames
             with suppress(ConnectionClosed):
                 try:
                     async with asyncio.timeout(_SILENCE_S):
                         await (await connection.ping())
                 except TimeoutError:
-                    if self._listens and self._frames == frames:
+                    if listened and self._listens and self._frames == frames:
                         connection.transport.abort()
 
     async def _send(self, message: str | bytes) -> None:

@@ -518,15 +518,21 @@ async def test_a_network_that_has_gone_without_a_word_is_noticed(monkeypatch: py
 
 
 async def test_a_caller_that_takes_no_events_loses_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.connection, "_PING_EVERY_S", 0.05)
-    monkeypatch.setattr(client.connection, "_SILENCE_S", 0.1)
+    monkeypatch.setattr(client.connection, "_PING_EVERY_S", 0.1)
+    monkeypatch.setattr(client.connection, "_SILENCE_S", 2.0)
     async with running_service() as url, Proxy(url) as proxy, connect(proxy.url) as session:
         proxy.stall()
-        await asyncio.sleep(0.6)
-        proxy.mend()
         await session.send(pcm([0.2]))
         await session.finish()
-        assert text([event async for event in session]) == " w20" and proxy.connections == 1
+        await asyncio.sleep(1.5)  # a ping is out, and nobody has listened for its answer
+
+        async def listen() -> list[Event]:
+            return [event async for event in session]
+
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(1.0)  # the ping is given up
+        proxy.mend()
+        assert text(await listening) == " w20" and proxy.connections == 1
 
 
 async def test_a_session_that_the_service_has_forgotten_is_given_up_at_once() -> None:
