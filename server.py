@@ -31,7 +31,7 @@ from metrics import TEXT_FORMAT
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
 from streaming.errors import DragomanError
-from streaming.scheduler import SWITCH_INTERVAL_S
+from streaming.scheduler import prepare_process
 from streaming.speculation import Speculation
 from wire.deepgram import Deepgram
 from wire.dialect import Dialect, Frame
@@ -359,7 +359,7 @@ async def serve(
     kind: type[Service] = Service,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, let sessions finish until another one comes, and say goodbye to the rest."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    prepare_process()
     service = kind(recognizer, settings, translator, speculation, processes)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -24,6 +24,7 @@ from models.checkpoint import load_recognizer
 from models.translator import EMBEDDED_TRANSLATOR, load_translator
 from server import Settings
 from streaming.errors import DragomanError
+from streaming.scheduler import prepare_process
 from streaming.speculation import speculation_for
 
 LATE_S: Final = 1.0
@@ -74,6 +75,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """What answers; called once, by Ray."""
         o = self._options
+        prepare_process()
         recognizer = load_recognizer(Path(o.model) if o.model else None, device=o.device, dtype=o.dtype)
         translator = drafts = None
         if o.translator or EMBEDDED_TRANSLATOR.exists():

@@ -33,7 +33,7 @@ from client.transcribe import Step, transcribe
 from models.config import FRAME_MS
 from models.recognizer import Recognizer
 from models.translator import AnyTranslator
-from models.vad import is_silent
+from models.vad import are_silent
 from streaming.audio import SAMPLE_RATE_HZ, Samples
 from streaming.errors import DragomanError
 from streaming.events import Event, TranscriptDelta
@@ -422,7 +422,7 @@ def _warm_up(recognizer: Recognizer, config: SessionConfig) -> None:
     session = Session(recognizer, config)
     session.push(silence)
     session.finish()
-    is_silent(silence)
+    are_silent([silence])
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

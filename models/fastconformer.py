@@ -20,7 +20,7 @@ Cache-based Inference" (arXiv 2312.17279); relative positions after Dai et al., 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import SUBSAMPLING_FACTOR, EncoderConfig
-from models.linear import Linear
+from models.linear import Convolution, Linear
 from models.lookahead import Scheduler
 from models.rows import parted
 
@@ -207,6 +207,7 @@ class FastConformer(nn.Module):
         are given up, so a frozen encoder cannot be saved or moved.
         """
         self.eval().requires_grad_(False)
+        self.pre_encode.freeze()
         self._weights = [layer.weights(frozen=True) for layer in self._conformer_layers()]
         for layer in self._conformer_layers():
             layer.release()
@@ -229,7 +230,14 @@ class FastConformer(nn.Module):
         )
 
     def step(
-        self, mel: Tensor, state: EncoderState | None, *, slots: Tensor, chunk_frames: Tensor
+        self,
+        mel: Tensor,
+        state: EncoderState | None,
+        *,
+        slots: Tensor,
+        chunk_frames: Tensor,
+        left_frames: Tensor | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, EncoderState | None]:
         """Encodes the next frames of each row.
 
@@ -242,6 +250,9 @@ class FastConformer(nn.Module):
                 a number that is not a multiple of eight.
             chunk_frames: ``int64[B]`` on the host: look-ahead + 1 of each row. The frames of a step are cut
                 into chunks from its first frame on; a frame sees its own chunk and the left context before it.
+            left_frames: ``int64[B]`` on the host: left context of each row of whole inputs, in the place of the
+                model's own. Training only.
+            outputs: Takes what each layer makes of whole inputs, ``[B, T, d_model]``. Training only.
 
         Returns:
             Encoder frames ``[B, T, d_model]`` (rows are zero beyond their own frames only where a mask was
@@ -254,9 +265,10 @@ class FastConformer(nn.Module):
         cached = 0 if state is None else self.config.left_context_frames
         seen = torch.zeros_like(slots) if state is None else state.frames
         shape = self.shape(mel, seen, slots)
-        visible = self._visible(mel.shape[1] // SUBSAMPLING_FACTOR, cached, seen, shape.frames, chunk_frames)
+        left = self.config.left_context_frames if left_frames is None else left_frames[:, None, None]
+        visible = self._visible(mel.shape[1] // SUBSAMPLING_FACTOR, cached, left, seen, shape.frames, chunk_frames)
         shape = shape._replace(visible=None if visible is None else visible.to(mel.device))
-        x, after = self.run(mel, None if state is None else state.caches, shape)
+        x, after = self.run(mel, None if state is None else state.caches, shape, outputs)
         return x, None if after is None else EncoderState(seen + shape.frames, *after)
 
     def _conformer_layers(self) -> Iterator[_Layer]:
@@ -300,13 +312,18 @@ class FastConformer(nn.Module):
             newest=frames[:, None],
         )
 
-    def _visible(self, T: int, cached: int, seen: Tensor, frames: Tensor, chunk_frames: Tensor) -> Tensor | None:
+    @staticmethod
+    def _visible(
+        T: int, cached: int, left: int | Tensor, seen: Tensor, frames: Tensor, chunk_frames: Tensor
+    ) -> Tensor | None:
         """:func:`_visible_keys` on the host; None if every frame sees every key."""
         if bool((chunk_frames >= T).all() & (frames == T).all() & (seen >= cached).all()):
             return None
-        return _visible_keys(T, cached, self.config.left_context_frames, seen, frames, chunk_frames)
+        return _visible_keys(T, cached, left, seen, frames, chunk_frames)
 
-    def run(self, mel: Tensor, past: Caches | None, shape: StepShape) -> tuple[Tensor, Caches | None]:
+    def run(
+        self, mel: Tensor, past: Caches | None, shape: StepShape, outputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, Caches | None]:
         """What :meth:`step` computes on the device, from lengths and masks to encoder frames and the new caches."""
         weights = self.weights()
         x, subsampling = self.subsample(mel, None if past is None else past.subsampling, shape)
@@ -318,6 +335,8 @@ class FastConformer(nn.Module):
         if past is None:
             for w, p in zip(weights, positions, strict=True):
                 x = self.layer(x, w, p, None, shape)
+                if outputs is not None:
+                    outputs.append(x.view(B, T, D))
             return x.view(B, T, D), None
         # The caches grow by T; those after the step are views of their newest part.
         attention, conv = past.room or (_joined([past.attention], 2, 4, T)[1], _joined([past.conv], 1, 2, T)[1])
@@ -518,7 +537,9 @@ def _subsampling_masks(width: int, seen: Tensor, slots: Tensor) -> list[Tensor]:
     return masks
 
 
-def _visible_keys(T: int, cached: int, left: int, seen: Tensor, frames: Tensor, chunk_frames: Tensor) -> Tensor:
+def _visible_keys(
+    T: int, cached: int, left: int | Tensor, seen: Tensor, frames: Tensor, chunk_frames: Tensor
+) -> Tensor:
     """``bool[B, 1, T, cached + T]``: which key each new frame sees."""
     query = torch.arange(T, device=seen.device)[None, :, None]
     key = torch.arange(-cached, T, device=seen.device)[None, None, :]
@@ -586,12 +607,12 @@ class _Subsampling(nn.Module):
             self.widths.append(self.widths[-1] // 2 + 1)
 
         def depthwise() -> nn.Conv2d:
-            return _DepthwiseConv2d(channels, channels, 3, stride=2, groups=channels)
+            return _DepthwiseConv2d(channels, channels, 3, stride=2, padding=(0, 2), groups=channels)
 
         # Positions in the list are NeMo's state-dict names; the ReLUs have no weights.
         self.conv = nn.ModuleList(
             [
-                nn.Conv2d(1, channels, 3, stride=2),
+                nn.Conv2d(1, channels, 3, stride=2, padding=(0, 2)),
                 nn.ReLU(),
                 depthwise(),
                 nn.Conv2d(channels, channels, 1),
@@ -602,26 +623,39 @@ class _Subsampling(nn.Module):
             ]
         )
         self.out = nn.Linear(channels * self.widths[-1], d_model)
+        self._frozen: list[list[Convolution]] | None = None
+
+    def freeze(self) -> None:
+        """Prepares for inference on the device where the weights are."""
+        convolutions = [(i, module) for i, module in enumerate(self.conv) if isinstance(module, nn.Conv2d)]
+        first, *rest = (Convolution(x, relu=isinstance(self.conv[i + 1], nn.ReLU)) for i, x in convolutions)
+        self._frozen = [[first], rest[:2], rest[2:]]
 
     def forward(
         self, mel: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, shape: StepShape
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """``[B, 8T, mel_bins]`` to ``[B, T, d_model]`` and the last input frame of each stage."""
         x, masks = mel[:, None], shape.subsampling_masks
-        stages = (self.conv[0:2], self.conv[2:5], self.conv[5:8])
+        modules = list(self.conv)
+        stages: Sequence[Sequence[Callable[[Tensor], Tensor]]] = self._frozen or (
+            modules[:2],
+            modules[2:5],
+            modules[5:],
+        )
         caches = []
         for i, stage in enumerate(stages):
             x = _masked(x, masks[i])
             before = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if past is None else past[i]
+            # Causal in time: the carried frame stands left.
             x = torch.cat([before.contiguous(memory_format=torch.channels_last), x], 2)
             per_frame = SUBSAMPLING_FACTOR >> i
             caches.append(_newest(x, 1, 2, None if shape.newest is None else shape.newest * per_frame))
-            # Causal in time: the carried frame stands left. NeMo pads frequency as it pads time, (2, 1).
-            x = F.pad(x, (2, 1))
             if i == 0:  # what has one channel stands in either order, and has to say so for the next to keep to it
                 x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
             for module in stage:
                 x = module(x)
+            # NeMo pads frequency as it pads time, (2, 1). Two on either side make one output too many of an odd width.
+            x = x[..., : self.widths[i + 1]]
         x = _masked(x, masks[STAGES])
         B, C, T, W = x.shape
         return self.out(x.transpose(1, 2).reshape(B, T, C * W)), (caches[0], caches[1], caches[2])
@@ -633,7 +667,7 @@ class _DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.weight.dtype, memory_format=torch.channels_last)
-            return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
 class _Layer(nn.Module):

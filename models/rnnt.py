@@ -50,6 +50,18 @@ class PredictorState:
         rows = zip(parted(self.hidden, 1), parted(self.cell, 1), parted(self.output, 0), strict=True)
         return [PredictorState(*row) for row in rows]
 
+    def picked(self, index: Tensor) -> PredictorState:
+        """Copies of the rows with these numbers."""
+        return PredictorState(self.hidden[:, index], self.cell[:, index], self.output[index])
+
+    def replaced(self, index: Tensor, rows: PredictorState) -> PredictorState:
+        """The batch with other rows in the places of ``index``."""
+        return PredictorState(
+            self.hidden.index_copy(1, index, rows.hidden),
+            self.cell.index_copy(1, index, rows.cell),
+            self.output.index_copy(0, index, rows.output),
+        )
+
 
 class Transducer(nn.Module):
     """Predictor and joint. Children are named so that the state dict reads ``decoder.*`` and ``joint.*``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -41,28 +43,37 @@ def _parts() -> _Parts:
 
 @torch.no_grad()
 def speech_probabilities(samples: np.ndarray) -> Tensor:
-    """How probably somebody speaks in each window of 512 samples, counted from the end; ``float32[n // 512]``.
+    """How probably somebody speaks in each window of 512 samples, counted from the end; ``float32[B, n // 512]``.
 
     Args:
-        samples: ``float32[n]`` at 16 kHz; nothing is known of what was before them.
+        samples: ``float32[B, n]`` at 16 kHz, stretches of audio; nothing is known of what was before them.
     """
-    windows = len(samples) // WINDOW_SAMPLES
-    if not windows:
-        return torch.zeros(0)
+    B, windows = len(samples), samples.shape[1] // WINDOW_SAMPLES
+    if not B * windows:
+        return torch.zeros(B, windows)
     net, recurrent = _parts()
-    audio = torch.from_numpy(np.ascontiguousarray(samples[len(samples) - windows * WINDOW_SAMPLES :]))
-    heard = F.pad(audio, (_CONTEXT_SAMPLES, 0)).unfold(0, _CONTEXT_SAMPLES + WINDOW_SAMPLES, WINDOW_SAMPLES)
-    hidden, _ = recurrent(net.encoder(net.run_extractors(heard))[:, :, 0])
-    probabilities: Tensor = net.decoder.decoder(hidden[:, :, None]).mean((1, 2))
-    return probabilities
+    audio = torch.from_numpy(samples[:, samples.shape[1] - windows * WINDOW_SAMPLES :])
+    heard = F.pad(audio, (_CONTEXT_SAMPLES, 0)).unfold(1, _CONTEXT_SAMPLES + WINDOW_SAMPLES, WINDOW_SAMPLES)
+    encoded = net.encoder(net.run_extractors(heard.flatten(0, 1)))[:, :, 0]
+    hidden, _ = recurrent(encoded.view(B, windows, -1).transpose(0, 1))
+    probabilities: Tensor = net.decoder.decoder(hidden.flatten(0, 1)[:, :, None]).mean((1, 2))
+    return probabilities.view(windows, B).T
 
 
-def is_silent(samples: np.ndarray) -> bool:
-    """Whether nobody speaks in a stretch of audio.
+def are_silent(stretches: Sequence[np.ndarray]) -> list[bool]:
+    """Whether nobody speaks in each of several stretches of audio.
 
     Args:
-        samples: ``float32[n]`` at 16 kHz; the answer depends on these samples alone. Fewer than 2,560 samples
+        stretches: ``float32[n]`` at 16 kHz each; an answer depends on its own samples alone. Fewer than 2,560 samples
             are too few to tell, and count as silent.
     """
-    probabilities = speech_probabilities(samples)[WARM_UP_WINDOWS:]
-    return not len(probabilities) or float(probabilities.max()) < SPEECH_PROBABILITY
+    of_length: dict[int, list[int]] = defaultdict(list)
+    for i, samples in enumerate(stretches):
+        of_length[len(samples)].append(i)
+    silent = [True] * len(stretches)
+    for numbers in of_length.values():
+        probabilities = speech_probabilities(np.stack([stretches[i] for i in numbers]))[:, WARM_UP_WINDOWS:]
+        if probabilities.shape[1]:
+            for i, probability in zip(numbers, probabilities.amax(1).tolist(), strict=True):
+                silent[i] = probability < SPEECH_PROBABILITY
+    return silent

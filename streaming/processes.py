@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 from streaming.errors import DragomanError
 from streaming.events import Event
 from streaming.messages import CloseCode, SessionMessage
-from streaming.scheduler import MAX_WAITING_EVENTS, SWITCH_INTERVAL_S, Engine, Stream, Streams
+from streaming.scheduler import MAX_WAITING_EVENTS, Engine, Stream, Streams, prepare_process
 
 _GATHERING_S: Final = 0.01  # between two batches through a pipe, whose cost hardly depends on their size
 _RESTART_S: Final = 1.0
@@ -154,7 +153,7 @@ def _work(connection: Connection, make: Callable[[Ticked], Engine], threads: int
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    prepare_process()
     _Worker(connection, make).run()
 
 

@@ -10,12 +10,15 @@ who has waited longest; sessions whose audio came faster than it could be spoken
 """
 
 import copy
+import ctypes
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple, Self
@@ -44,9 +47,9 @@ _MAX_WAITING_S: Final = 30  # audio that waits for the engine before the client 
 _MAX_WAITING_MESSAGES: Final = 1_000
 MAX_WAITING_EVENTS: Final = 256
 """Events that wait for the client before the engine leaves it alone."""
-SWITCH_INTERVAL_S: Final = 0.0005
-"""Python's switch interval where an engine runs; its own is ten times as long. The engine gives Python's lock away with
-each of its many small operations, and waits for so long to get it back."""
+_SWITCH_INTERVAL_S: Final = 0.0005
+_KEPT_MEMORY_BYTES: Final = 512 << 20  # free, in the hands of the C library
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _MAX_MESSAGES: Final = 64  # messages of a session that one step takes in
 _MAX_PIECE_S: Final = 1  # audio of a message that is taken in at once
 _UPLOAD_S: Final = 2.0  # by how much audio is ahead of the clock that cannot be spoken
@@ -54,6 +57,21 @@ _PAUSE_S: Final = 2.0  # without a message, after which nobody speaks
 _LATE_S: Final = 5.0  # how long a session may lag by more than it should
 
 logger = logging.getLogger(__name__)
+
+
+def prepare_process() -> None:
+    """Set up a process in which an engine runs.
+
+    An engine gives Python's lock away with each of its many small operations, and waits for it for as long as the
+    switch interval, which is ten times as long by default. And each of its steps needs the same large blocks of memory:
+    glibc would give them back to the system after every step, and a sixth of the next one would be page faults.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)  # the others are too small for large blocks
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_MEMORY_BYTES)
 
 
 @dataclass(frozen=True)

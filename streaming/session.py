@@ -17,9 +17,8 @@ on how its audio came.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -278,14 +277,19 @@ class Session(Teller):
             tick([self])
         return self.take_events()
 
-    def _decoded(self, done: Encoded, tokens: list[Token]) -> None:
-        """Takes the pieces of a step in the order in which the audio made them known."""
+    def _decoded(self, done: Encoded, tokens: list[Token]) -> Generator[np.ndarray, bool, None]:
+        """Takes the pieces of a step in the order in which the audio made them known.
+
+        Yields stretches of audio, and is to be sent whether each is silent.
+        """
         self._fresh = (*self._fresh, *tokens)
         end = done.start_frame + done.frames
         for start, stop, reach in done.moments():
             words, self._text = self._words.add([t for t in tokens if start <= t.frame < stop], self._text)
-            is_silent = partial(self._silent, stop, self._silence_frames)
-            ended, self._text = self._words.at_endpoint(stop, self._text, is_silent)
+            ended = False
+            if self._words.suspects_endpoint(stop, self._text):
+                silent = yield self._stretch(stop, self._silence_frames)
+                ended, self._text = self._words.at_endpoint(stop, self._text, silent=silent)
             finished = stop == end and self._at_end()
             if ended or finished:
                 last, self._text = self._words.close_word(self._text)
@@ -301,7 +305,7 @@ class Session(Teller):
             return False
         if tokens:
             return min(token.probability for token in tokens) < self.config.sure_probability
-        return not self._silent(done.reach[-1] + 1, SILENCE_EVIDENCE_FRAMES)
+        return not vad.are_silent([self._stretch(done.reach[-1] + 1, SILENCE_EVIDENCE_FRAMES)])[0]
 
     def _at_end(self) -> bool:
         return self._encoder.ended and not self._encoder.groups
@@ -329,10 +333,10 @@ class Session(Teller):
         if closes and self._text.segment_words:
             self._text = close_segment(self._text)
 
-    def _silent(self, end_frame: int, frames: int) -> bool:
-        """Whether nobody spoke in so many frames before ``end_frame``."""
+    def _stretch(self, end_frame: int, frames: int) -> np.ndarray:
+        """The audio of so many frames before ``end_frame``."""
         end = (end_frame - 1) * FRAME_SAMPLES + GROUP_TAIL_SAMPLES - self._recent_start()
-        return vad.is_silent(self._recent[max(0, end - frames * FRAME_SAMPLES) : max(0, end)])
+        return self._recent[max(0, end - frames * FRAME_SAMPLES) : max(0, end)]
 
     def _recent_start(self) -> int:
         return self._features.samples - len(self._recent)
@@ -365,6 +369,7 @@ def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
         max_chunks=max_chunks,
         front_end=ready[0]._front_end,
     )
+    taking = list[Generator[np.ndarray, bool, None]]()
     for kind in {type(session.search) for session in ready}:
         rows = [row for row, session in enumerate(ready) if type(session.search) is kind]
         search = ready[rows[0]].search
@@ -377,7 +382,24 @@ def tick(sessions: Sequence[Session], *, max_chunks: int = 1) -> None:
                 session._encoder = session._encoder.waiting()
                 continue
             session._encoder, session._decoder = streams[row], state
-            session._decoded(done[row], pieces)
+            taking.append(session._decoded(done[row], pieces))
+    _listen(taking)
+
+
+def _listen(taking: Sequence[Generator[np.ndarray, bool, None]]) -> None:
+    """Runs generators to their ends; what they yield is listened to for all of them together."""
+    asking = [(taker, next(taker, None)) for taker in taking]
+    while asking := [(taker, stretch) for taker, stretch in asking if stretch is not None]:
+        answers = vad.are_silent([stretch for _, stretch in asking])
+        asking = [(taker, _sent(taker, silent)) for (taker, _), silent in zip(asking, answers, strict=True)]
+
+
+def _sent(taker: Generator[np.ndarray, bool, None], silent: bool) -> np.ndarray | None:
+    """The next stretch that it asks about; None at its end."""
+    try:
+        return taker.send(silent)
+    except StopIteration:
+        return None
 
 
 def _trial_sizes(recognizer: Recognizer, lookahead: Lookahead | None) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ An endpoint is soft: it closes a segment of the text and resets nothing that lat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import sentencepiece
@@ -121,20 +120,27 @@ class WordAssembler:
         state = replace(state, words=state.words + 1, segment_words=state.segment_words + 1)
         return [EmittedWord(space + text, word)], state
 
-    def at_endpoint(self, end_frame: int, state: TextState, is_silent: Callable[[], bool]) -> tuple[bool, TextState]:
-        """Whether the segment ends with the frames before ``end_frame``.
+    def suspects_endpoint(self, end_frame: int, state: TextState) -> bool:
+        """Whether pieces suggest that the segment ends with the frames before ``end_frame``, so that one has to listen.
 
         Args:
             end_frame: Frames decoded so far.
             state: After :meth:`add` of all pieces before ``end_frame``.
-            is_silent: Asks the voice activity detector about the silence; only called when pieces suggest one.
         """
         silence = end_frame - state.silent_from_frame
-        if not state.pending or silence < self._silence or end_frame < state.recheck_frame:
-            return False, state
-        if silence < PATIENCE * self._silence and not is_silent():
-            return False, replace(state, recheck_frame=end_frame + RECHECK_FRAMES)
-        return True, state
+        return bool(state.pending) and silence >= self._silence and end_frame >= state.recheck_frame
+
+    def at_endpoint(self, end_frame: int, state: TextState, *, silent: bool) -> tuple[bool, TextState]:
+        """Whether a segment that is suspected to end does so.
+
+        Args:
+            end_frame: As in :meth:`suspects_endpoint`.
+            state: Likewise.
+            silent: What the voice activity detector says. If it hears somebody, patience has an end.
+        """
+        if silent or end_frame - state.silent_from_frame >= PATIENCE * self._silence:
+            return True, state
+        return False, replace(state, recheck_frame=end_frame + RECHECK_FRAMES)
 
     def _begins_word(self, token: Token) -> bool:
         piece: str = self._tokenizer.id_to_piece(token.piece)

@@ -105,46 +105,32 @@ class TransducerSearch:
         tokens: list[list[Token]] = [[] for _ in range(B)]
         at, symbols = [0] * B, [0] * B
         frame = torch.arange(T, device=encoded.device)
-        while T and any(at[b] < lengths[b] for b in range(B)):
-            # 1) Score every frame with each row's present predictor output; find the first that is not blank.
-            logits = self._net.logits(projected, predictor.output[:, None])
-            best = logits.argmax(-1)
-            bounds = torch.tensor([at, lengths], device=frame.device)[:, :, None]
-            open_ = (frame >= bounds[0]) & (frame < bounds[1]) & (best != self._blank)
-            found = open_.any(1).tolist()
-            first = open_.int().argmax(1)
-            rows = [b for b in range(B) if found[b]]
-            for b in range(B):
-                if not found[b]:
-                    at[b] = lengths[b]
+        rows = [b for b in range(B) if lengths[b]]
+        while rows:
+            # 1) Score every frame with the row's present predictor output; find the first that is not blank.
+            index = torch.tensor(rows, device=frame.device)
+            part = predictor if len(rows) == B else predictor.picked(index)
+            logits = self._net.logits(projected if len(rows) == B else projected[index], part.output[:, None])
+            bounds = torch.tensor([[at[b], lengths[b]] for b in rows], device=frame.device)
+            open_ = (frame >= bounds[:, :1]) & (frame < bounds[:, 1:]) & (logits.argmax(-1) != self._blank)
+            found = open_.any(1).nonzero()[:, 0]
+            rows = index[found].tolist()  # the others have no piece left
             if not rows:
                 break
             # 2) Emit those pieces.
-            index = torch.tensor(rows, device=frame.device)
-            scores = logits[index, first[index]].float()
+            first = open_.int().argmax(1)[found]
+            scores = logits[found, first].float()
             pieces = scores.argmax(-1)
             probabilities = scores.softmax(-1).gather(1, pieces[:, None])[:, 0].tolist()
-            for b, t, piece, p in zip(rows, first[index].tolist(), pieces.tolist(), probabilities, strict=True):
+            for b, t, piece, p in zip(rows, first.tolist(), pieces.tolist(), probabilities, strict=True):
                 symbols[b] = symbols[b] + 1 if t == at[b] else 1
                 tokens[b].append(Token(piece, state.frames[b] + t, p))
                 full = symbols[b] == self._net.config.max_symbols_per_frame
                 at[b], symbols[b] = (t + 1, 0) if full else (t, symbols[b])
             # 3) Advance the predictor of those rows.
-            predictor = self._advance(predictor, index, pieces, all_rows=len(rows) == B)
+            predictor = predictor.replaced(index[found], self._net.predict(pieces, part.picked(found)))
         frames = [n + length for n, length in zip(state.frames, lengths, strict=True)]
         return tokens, DecoderState(frames, predictor, state.last)
-
-    def _advance(self, past: PredictorState, index: Tensor, pieces: Tensor, *, all_rows: bool) -> PredictorState:
-        """The predictor after ``pieces`` in the rows of ``index``; the other rows stay as they are."""
-        if all_rows:
-            return self._net.predict(pieces, past)
-        part = PredictorState(past.hidden[:, index], past.cell[:, index], past.output[index])
-        new = self._net.predict(pieces, part)
-        return PredictorState(
-            past.hidden.index_copy(1, index, new.hidden),
-            past.cell.index_copy(1, index, new.cell),
-            past.output.index_copy(0, index, new.output),
-        )
 
 
 class CtcSearch:

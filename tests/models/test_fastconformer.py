@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,3 +204,16 @@ def test_norms_in_bf16_are_computed_in_float32() -> None:
     x, w = x.bfloat16(), (torch.ones(512).bfloat16(), torch.zeros(512).bfloat16())
     exact = _norm(x.float(), (w[0].float(), w[1].float()))
     torch.testing.assert_close(_norm(x, w).float(), exact.bfloat16().float(), atol=0.02, rtol=0.01)
+
+
+def test_in_training_a_row_may_remember_less_and_every_layer_can_be_looked_at() -> None:
+    net, mel = tiny.net().encoder.eval(), torch.cat([random_mel(160, 1), random_mel(160, 2)])
+    rows = {"slots": torch.tensor([160, 160]), "chunk_frames": torch.tensor([2, 2])}
+    outputs: list[Tensor] = []
+    encoded, _ = net.step(mel, None, **rows, left_frames=torch.tensor([4, 8]), outputs=outputs)
+    assert len(outputs) == net.config.n_layers and torch.equal(outputs[-1], encoded)
+    for row, left in enumerate((4, 8)):
+        other = tiny.net().encoder.eval()
+        other.config = dataclasses.replace(other.config, left_context_frames=left, lookahead_frames=(1,))
+        alone, _ = other.step(mel[row : row + 1], None, slots=torch.tensor([160]), chunk_frames=torch.tensor([2]))
+        torch.testing.assert_close(encoded[row], alone[0], atol=1e-5, rtol=1e-5)

@@ -1,4 +1,7 @@
-from collections.abc import Callable, Sequence
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -285,8 +288,8 @@ def test_a_failure_in_one_row_changes_nothing_for_the_others(monkeypatch: pytest
     ill = begun(worker, SessionConfig(endpoint_silence_ms=999))
     decoded = Session._decoded
 
-    def decode(session: Session, done: Any, tokens: Any) -> None:
-        decoded(session, done, tokens)
+    def decode(session: Session, done: Any, tokens: Any) -> Generator[np.ndarray, bool, None]:
+        yield from decoded(session, done, tokens)
         if session.config.endpoint_silence_ms == 999 and session._audio_samples > 16_000:
             raise ZeroDivisionError
 
@@ -370,3 +373,20 @@ def test_the_lag_of_a_file_sent_at_once_is_that_of_its_speech(monkeypatch: pytes
     stream.session.write(pcm([0.2] * 10))
     assert stream.lag_s(clock_s + 3.9) == 0.0
     assert stream.lag_s(clock_s + 4.1) == pytest.approx(4.0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_stay_in_the_process() -> None:
+    """In a process of its own, since what is tested cannot be undone."""
+    script = """
+import resource, torch
+from streaming.scheduler import prepare_process
+prepare_process()
+faults = []
+for _ in range(8):
+    torch.empty(16 << 20).fill_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[7] - faults[3])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1_000  # 64 MiB are 16,384 pages

@@ -195,7 +195,7 @@ def test_the_look_ahead_may_change_while_the_stream_runs(
 
 def test_a_chunk_grows_while_the_decoder_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     def chunks(probability: float, *, silent: bool) -> list[int]:
-        monkeypatch.setattr("models.vad.is_silent", lambda _: silent)
+        monkeypatch.setattr("models.vad.are_silent", lambda stretches: [silent] * len(stretches))
         session, reached = opened(replace(config(kind="adaptive"), sure_probability=probability)), [0]
         for _ in range(70):
             session.push(np.zeros(1280, np.int16) if silent else rng.integers(-9999, 9999, 1280, np.int16))

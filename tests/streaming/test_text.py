@@ -66,26 +66,21 @@ def test_an_endless_word_is_cut() -> None:
 
 
 def test_an_endpoint_needs_silence_by_both_witnesses() -> None:
-    _, state = assembler(10).add(tokens("back"), TextState())
+    words = assembler(10)
+    _, state = words.add(tokens("back"), TextState())
     last = state.silent_from_frame
-    asked: list[int] = []
-
-    def speech() -> bool:
-        asked.append(1)
-        return False
-
-    assert not assembler(10).at_endpoint(last + 9, state, speech)[0]
-    assert not asked
-    ended, state = assembler(10).at_endpoint(last + 10, state, speech)
-    assert not ended and len(asked) == 1
-    ended, state = assembler(10).at_endpoint(last + 12, state, speech)
-    assert not ended and len(asked) == 1, "asked again too soon"
-    assert assembler(10).at_endpoint(last + 15, state, lambda: True)[0]
-    assert assembler(10).at_endpoint(last + 30, state, speech)[0], "patience has an end"
+    assert not words.suspects_endpoint(last + 9, state)
+    assert words.suspects_endpoint(last + 10, state)
+    ended, state = words.at_endpoint(last + 10, state, silent=False)
+    assert not ended
+    assert not words.suspects_endpoint(last + 12, state), "asked again too soon"
+    assert words.suspects_endpoint(last + 15, state) and words.at_endpoint(last + 15, state, silent=True)[0]
+    assert not words.at_endpoint(last + 15, state, silent=False)[0]
+    assert words.at_endpoint(last + 30, state, silent=False)[0], "patience has an end"
 
 
 def test_no_endpoint_without_words() -> None:
-    assert not assembler(10).at_endpoint(100, TextState(), lambda: True)[0]
+    assert not assembler(10).suspects_endpoint(100, TextState())
 
 
 def test_after_a_flush_the_same_pieces_are_not_shown_again() -> None:

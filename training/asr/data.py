@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -17,6 +18,7 @@ from client.normalize import normalize_transcript
 from models.config import FRAME_SAMPLES, SUBSAMPLING_FACTOR, FeatureConfig
 from streaming.features import FrontEnd
 from training.asr.augment import Augmenter
+from training.asr.phones import PHONES
 from training.asr.prepare import read_index
 from training.asr.splice import Splicer, join
 from training.asr.synthesize import compose
@@ -34,6 +36,8 @@ class Batch:
         slots: ``int64[B]``, real slots.
         targets: ``int64[B, U]``, piece ids, zero-padded.
         target_lengths: ``int64[B]``.
+        phones: ``int64[B, V]``, numbers of the sounds (see :mod:`training.asr.phones`), zero-padded.
+        phone_lengths: ``int64[B]``; 0 where nobody has noted them.
         audio_s: Seconds of audio in the batch.
     """
 
@@ -41,6 +45,8 @@ class Batch:
     slots: Tensor
     targets: Tensor
     target_lengths: Tensor
+    phones: Tensor
+    phone_lengths: Tensor
     audio_s: float
 
 
@@ -48,7 +54,8 @@ class Batch:
 class Utterance:
     """One entry of a packed set; ``offset`` and ``length`` count samples in its file.
 
-    ``cuts_samples`` are where its words begin and end (see :mod:`training.asr.splice`), empty if unknown.
+    ``cuts_samples`` are where its words begin and end (see :mod:`training.asr.splice`), ``phones`` how it sounds (see
+    :mod:`training.asr.phones`); empty if unknown.
     """
 
     file: Path
@@ -59,6 +66,15 @@ class Utterance:
     weight: float
     speaker: str = ""
     cuts_samples: tuple[int, ...] = ()
+    phones: str = ""
+
+
+class Drawn(NamedTuple):
+    """What training hears once: float32 samples at 16 kHz, what they say and how that sounds, if that is known."""
+
+    samples: np.ndarray
+    text: str
+    phones: str = ""
 
 
 def read_packed(folders: list[Path]) -> list[Utterance]:
@@ -76,6 +92,7 @@ def read_packed(folders: list[Path]) -> list[Utterance]:
                     item.get("weight", 1.0),
                     item["speaker"],
                     tuple(item.get("cuts_samples", ())),
+                    item.get("phones", ""),
                 )
             )
     return entries
@@ -97,13 +114,13 @@ class AudioStore:
         samples = self._files[entry.file][entry.offset : entry.offset + entry.length]
         return samples.astype(np.float32) / 32768
 
-    def draw(self, number: int, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-        """Text and samples of an entry, or of a splice in its place."""
+    def draw(self, number: int, rng: np.random.Generator) -> Drawn:
+        """An entry, or a splice in its place."""
         entry = self._entries[number]
         if number not in self._splicer or rng.random() >= self._spliced_share:
-            return entry.text, self[entry]
+            return Drawn(self[entry], entry.text, entry.phones)
         text, parts = self._splicer.draw(number, rng)
-        return text, join([self[self._entries[source]][part] for source, part in parts])
+        return Drawn(join([self[self._entries[source]][part] for source, part in parts]), text)
 
 
 class TrainingBatches(IterableDataset[Batch]):
@@ -176,10 +193,18 @@ class TrainingBatches(IterableDataset[Batch]):
         pieces: sentencepiece.SentencePieceProcessor,
         rng: np.random.Generator,
     ) -> Batch:
-        texts, audio = zip(*(store.draw(number, rng) for number in numbers), strict=True)
+        drawn = [store.draw(number, rng) for number in numbers]
         if self._augmenter is not None:
-            audio = [self._augmenter(x, rng) if rng.random() < self._altered_share else x for x in audio]
-        return collate(list(audio), [pieces.encode(text) for text in texts], front_end)
+            drawn = [
+                x._replace(samples=self._augmenter(x.samples, rng)) if rng.random() < self._altered_share else x
+                for x in drawn
+            ]
+        return collate(
+            [x.samples for x in drawn],
+            [pieces.encode(x.text) for x in drawn],
+            front_end,
+            [[PHONES.index(phone) for phone in x.phones] for x in drawn],
+        )
 
 
 def text_batches(sentences: list[str], tokenizer: Path, *, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -194,8 +219,7 @@ def text_batches(sentences: list[str], tokenizer: Path, *, rows: int, seed: int)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     texts = (text for text in map(normalize_transcript, compose(sentences, [seed])) if text)
     while True:
-        ids = [torch.tensor(pieces.encode(text)) for text in islice(texts, rows)]
-        yield torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
+        yield _padded([pieces.encode(text) for text in islice(texts, rows)])
 
 
 def _padded_frames(samples: int) -> int:
@@ -203,18 +227,33 @@ def _padded_frames(samples: int) -> int:
     return -(-(samples // FRAME_SAMPLES + 1) // _BUCKET_FRAMES) * _BUCKET_FRAMES
 
 
-def collate(audio: list[np.ndarray], targets: list[list[int]], front_end: FrontEnd) -> Batch:
-    """Pads utterances into one batch."""
+def collate(
+    audio: Sequence[np.ndarray],
+    targets: Sequence[Sequence[int]],
+    front_end: FrontEnd,
+    phones: Sequence[Sequence[int]] = (),
+) -> Batch:
+    """Pads utterances into one batch; without ``phones``, nobody has noted their sounds."""
     frames = _padded_frames(max(map(len, audio)))
     mels, slots = [torch.zeros(frames * SUBSAMPLING_FACTOR, front_end.config.mel_bins)], []
     for samples in audio:
         mel, real, _ = front_end.step(samples, front_end.init_state(), last=True)
         mels.append(mel.flatten(0, 1))
         slots.append(real)
+    padded_targets, target_lengths = _padded(targets)
+    padded_phones, phone_lengths = _padded(phones or [()] * len(audio))
     return Batch(
         mel=torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)[1:],
         slots=torch.tensor(slots),
-        targets=torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], batch_first=True),
-        target_lengths=torch.tensor([len(t) for t in targets]),
+        targets=padded_targets,
+        target_lengths=target_lengths,
+        phones=padded_phones,
+        phone_lengths=phone_lengths,
         audio_s=sum(map(len, audio)) / SAMPLE_RATE_HZ,
     )
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of numbers, zero-padded, and their lengths."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), torch.tensor([len(row) for row in rows])

@@ -21,7 +21,7 @@ import onnxruntime
 
 from training.asr.voices import Samples, SpeechError, Voice, at_16_khz, run_program
 
-__all__ = ["Kokoro", "kokoro_phonemes"]
+__all__ = ["Kokoro", "kokoro_phonemes", "respell"]
 
 _KOKORO_RATE_HZ = 24_000
 _MAX_TOKENS = 500
@@ -71,7 +71,6 @@ def kokoro_phonemes(text: str, *, british: bool) -> str:
         text: English, numbers spelled out.
         british: British pronunciation; American otherwise.
     """
-    table = (*_COMMON, *(_BRITISH if british else _AMERICAN), ("^", ""))
     spelled = []
     # eSpeak drops punctuation, so that each clause is asked for by itself.
     for clause, marks in _CLAUSE.findall(text):
@@ -79,12 +78,17 @@ def kokoro_phonemes(text: str, *, british: bool) -> str:
             continue
         command = ["espeak-ng", "--ipa", "--tie=^", "-q", "-v", "en-gb" if british else "en-us", "--stdin"]
         phonemes = " ".join(run_program(command, clause).decode().split())
-        # A word that eSpeak takes for a foreign one is marked "(fr)…(en)".
-        phonemes = re.sub(r"\([a-z-]+\)", "", phonemes)
-        for symbol, ours in table:
-            phonemes = phonemes.replace(symbol, ours)
-        spelled.append(phonemes + marks[:1])
+        spelled.append(respell(phonemes, british=british) + marks[:1])
     return " ".join(spelled)
+
+
+def respell(phonemes: str, *, british: bool) -> str:
+    """Writes eSpeak NG's phonemes (``--ipa --tie=^``) in Kokoro's spelling."""
+    # A word that eSpeak takes for a foreign one is marked "(fr)…(en)".
+    phonemes = re.sub(r"\([a-z-]+\)", "", phonemes)
+    for symbol, ours in (*_COMMON, *(_BRITISH if british else _AMERICAN), ("^", "")):
+        phonemes = phonemes.replace(symbol, ours)
+    return phonemes
 
 
 class Kokoro:

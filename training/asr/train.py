@@ -45,6 +45,7 @@ from streaming.text import WORD_BOUNDARY
 from training.asr.augment import Augmenter
 from training.asr.data import Batch, TrainingBatches, read_packed, text_batches
 from training.asr.loss import transducer_loss
+from training.asr.phones import PHONES
 from training.asr.synthesize import usable_sentences
 from training.optimizers import muon_and_adamw, set_lr
 from training.schedule import lr_scale
@@ -78,6 +79,12 @@ class Recipe:
         text_rows: Texts in a step.
         altered_share: Share of the utterances that are augmented; a young model learns little from hard ones.
         spliced_share: Share of the utterances with cuts that are spliced (see :mod:`training.asr.splice`).
+        phone_weight: Of the CTC loss on the sounds that a middle layer is asked for (see :mod:`training.asr.phones`).
+        misled_share: Share of the predictor's history that is replaced by pieces drawn at random, so that sounds are
+            needed even where a sentence is known.
+        short_memory_share: Share of the utterances in which a frame sees few frames before its chunk, evenly drawn from
+            2 … ``longest_short_memory``: a layer that remembers a second cannot know a sentence.
+        longest_short_memory: Frames.
         latency_weight: What a frame of delay costs where a word is told, in nats (see
             :func:`training.asr.loss.transducer_loss`).
         latency_from_step: Until here gates are as likely open as their sigmoids say, and the delay costs nothing.
@@ -111,6 +118,10 @@ class Recipe:
     text_rows: int = 24
     altered_share: float = 0.6
     spliced_share: float = 0.0
+    phone_weight: float = 0.0
+    misled_share: float = 0.0
+    short_memory_share: float = 0.0
+    longest_short_memory: int = 10
     latency_weight: float = 0.0
     latency_from_step: int = 2600
     hardening_steps: int = 3000
@@ -163,7 +174,9 @@ class Trainer:
         self.recipe, self.device, self.autocast = recipe, device, autocast
         self.net = RecognizerNet(config, dropout=recipe.dropout).to(device)
         _initialise(self.net)
-        self.optimizers = muon_and_adamw(self.net, recipe.peak_lr, recipe.weight_decay)
+        self.phone_head = PhoneHead(config.encoder.d_model).to(device)
+        self.trained = nn.ModuleList([self.net, self.phone_head])
+        self.optimizers = muon_and_adamw(self.trained, recipe.peak_lr, recipe.weight_decay)
         self.average = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
         self.step = 0
 
@@ -178,13 +191,15 @@ class Trainer:
         total = losses["ctc"] + losses.get("flat", 0.0)
         if "rnnt" in losses:
             total = self.recipe.ctc_weight * losses["ctc"] + (1 - self.recipe.ctc_weight) * losses["rnnt"]
+        if "phones" in losses:
+            total = total + self.recipe.phone_weight * losses["phones"]
         if "text" in losses:
             total = total + self.recipe.text_weight * losses["text"]
-        self.net.zero_grad(set_to_none=True)
+        self.trained.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if torch.distributed.is_initialized():
-            _average_gradients(self.net)
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
+            _average_gradients(self.trained)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.clip_norm)
         if torch.isfinite(norm):  # a step that overflowed is dropped, not averaged in
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -196,7 +211,8 @@ class Trainer:
         recipe, net = self.recipe, self.net
         easy = self.step < recipe.easy_steps
         mel = (batch.mel if easy else spec_augment(batch.mel, batch.slots, recipe)).to(self.device)
-        encoded, reach = self._encode(mel, batch.slots, easy=easy)
+        layers: list[Tensor] = []
+        encoded, reach = self._encode(mel, batch.slots, easy=easy, layers=layers)
         frames = -(-batch.slots // SUBSAMPLING_FACTOR)
         targets, lengths = batch.targets.to(self.device), batch.target_lengths
         pieces = lengths.sum()
@@ -205,6 +221,9 @@ class Trainer:
         blank = net.config.vocab_size
         ctc = F.ctc_loss(scores, targets, frames, lengths, blank, reduction="sum", zero_infinity=True) / pieces
         losses = {"ctc": ctc}
+        if recipe.phone_weight and layers:
+            middle = layers[(len(layers) - 1) // 2]
+            losses["phones"] = self.phone_head.loss(middle, frames, batch.phones.to(self.device), batch.phone_lengths)
         if self.step < recipe.flat_steps:
             aligned = flat_alignment(batch, blank).to(self.device)
             flat = F.nll_loss(scores.permute(1, 2, 0), aligned, ignore_index=-1)
@@ -215,7 +234,9 @@ class Trainer:
         part = torch.randperm(len(frames))[: max(1, recipe.rnnt_cells // cells)]
         frames, lengths = frames[part], lengths[part]
         targets = targets[part, : int(lengths.max())]
-        lattice = net.transducer.lattice(encoded[part, : int(frames.max())], targets)
+        misled = torch.rand(targets.shape, device=targets.device) < recipe.misled_share
+        history = torch.where(misled, torch.randint_like(targets, blank), targets)
+        lattice = net.transducer.lattice(encoded[part, : int(frames.max())], history)
         frames, lengths = frames.to(self.device), lengths.to(self.device)
         delay = self._delay(reach[part, : int(frames.max())], targets, frames, lengths)
         cost = recipe.latency_weight * self._hardness() * delay
@@ -239,10 +260,15 @@ class Trainer:
         wanted = targets.masked_fill(~real.to(self.device), -1)
         return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=-1)
 
-    def _encode(self, mel: Tensor, slots: Tensor, *, easy: bool) -> tuple[Tensor, Tensor]:
-        """Encoder frames, and the reach of each, with gradients in an adaptive model: ``float[B, T]``."""
+    def _encode(
+        self, mel: Tensor, slots: Tensor, *, easy: bool, layers: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encoder frames, and the reach of each, with gradients in an adaptive model: ``float[B, T]``.
+
+        ``layers`` takes what each layer makes, in a model without gates.
+        """
         if not self.net.encoder.config.adaptive:
-            return self._encode_chunks(mel, slots, self.net.encoder.config.lookahead_frames, easy=easy)
+            return self._encode_chunks(mel, slots, self.net.encoder.config.lookahead_frames, easy=easy, layers=layers)
         chunked = torch.rand(len(mel)) < self.recipe.chunked_share
         parts = []
         if chunked.any():
@@ -264,14 +290,22 @@ class Trainer:
         return whole.encoded, whole.soft_reach
 
     def _encode_chunks(
-        self, mel: Tensor, slots: Tensor, lookaheads: Sequence[int], *, easy: bool
+        self, mel: Tensor, slots: Tensor, lookaheads: Sequence[int], *, easy: bool, layers: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         chunks = torch.tensor(lookaheads[:1] if easy else lookaheads) + 1
         chunk_frames = chunks[torch.randint(len(chunks), (len(mel),))]
-        encoded, _ = self.net.encoder.step(mel, None, slots=slots, chunk_frames=chunk_frames)
+        encoded, _ = self.net.encoder.step(
+            mel, None, slots=slots, chunk_frames=chunk_frames, left_frames=self._memory(len(mel)), outputs=layers
+        )
         frame, chunk = torch.arange(encoded.shape[1]), chunk_frames[:, None]
         last = -(-slots // SUBSAMPLING_FACTOR)[:, None] - 1
         return encoded, torch.minimum(frame // chunk * chunk + chunk - 1, last).float().to(self.device)
+
+    def _memory(self, rows: int) -> Tensor:
+        """How many frames before its chunk a frame sees, ``int64[rows]``."""
+        short = torch.rand(rows) < self.recipe.short_memory_share
+        drawn = torch.randint(2, self.recipe.longest_short_memory + 1, (rows,))
+        return torch.where(short, drawn, self.net.encoder.config.left_context_frames)
 
     def _mean_reach(self, reach: Tensor, slots: Tensor) -> Tensor:
         """Mean look-ahead of the frames, for the log."""
@@ -302,6 +336,7 @@ class Trainer:
         """Writes everything that resuming needs; an interrupted write leaves the old file."""
         state = {
             "net": self.net.state_dict(),
+            "phone_head": self.phone_head.state_dict(),
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
@@ -324,10 +359,42 @@ class Trainer:
         """Goes on from a file that :meth:`save` wrote."""
         state = torch.load(file, map_location=self.device, weights_only=True)
         self.net.load_state_dict(state["net"])
+        self.phone_head.load_state_dict(state["phone_head"])
         self.average = state["average"]
         for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
         self.step = state["step"]
+
+
+class PhoneHead(nn.Module):
+    """Hears sounds in a layer's frames; a frame of 80 ms has room for four.
+
+    Args:
+        width: Of the layer.
+    """
+
+    _PER_FRAME = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.scores = nn.Linear(width, self._PER_FRAME * (len(PHONES) + 1))
+
+    def loss(self, layer: Tensor, frames: Tensor, phones: Tensor, phone_lengths: Tensor) -> Tensor:
+        """CTC loss a sound.
+
+        Args:
+            layer: ``[B, T, width]``.
+            frames: ``int64[B]`` on the host, real frames.
+            phones: ``int64[B, V]``, zero-padded.
+            phone_lengths: ``int64[B]`` on the host; rows of 0 do not count.
+        """
+        blank = len(PHONES)
+        scores = self.scores(self.norm(layer)).float().view(len(layer), -1, blank + 1).log_softmax(-1).transpose(0, 1)
+        slots = self._PER_FRAME * frames
+        losses = F.ctc_loss(scores, phones, slots, phone_lengths, blank, reduction="none", zero_infinity=True)
+        noted = (phone_lengths > 0).to(losses.device)
+        return (losses * noted).sum() / phone_lengths.sum().clamp(min=1)
 
 
 def word_beginnings(tokenizer: Path) -> Tensor:
@@ -437,6 +504,15 @@ def run(
     spliced_share: Annotated[
         float, typer.Option(help="Share of utterances with cuts that are spliced.")
     ] = Recipe.spliced_share,
+    phone_weight: Annotated[
+        float, typer.Option(help="Of the loss on the sounds that a middle layer is asked for; see training.asr.phones.")
+    ] = Recipe.phone_weight,
+    misled_share: Annotated[
+        float, typer.Option(help="Share of the predictor's history that is drawn at random.")
+    ] = Recipe.misled_share,
+    short_memory_share: Annotated[
+        float, typer.Option(help="Share of utterances whose frames see few frames before them.")
+    ] = Recipe.short_memory_share,
     masks: Annotated[int, typer.Option(help="SpecAugment's masks in time, and in frequency.")] = Recipe.time_masks,
     threads: int = 2,
     device: str = "cpu",
@@ -458,6 +534,9 @@ def run(
         peak_lr=peak_lr,
         altered_share=altered_share,
         spliced_share=spliced_share,
+        phone_weight=phone_weight,
+        misled_share=misled_share,
+        short_memory_share=short_memory_share,
         freq_masks=masks,
         time_masks=masks,
     )
@@ -473,6 +552,8 @@ def run(
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
     entries = read_packed(train)
     logger.info("%d utterances, %.1f h", len(entries), sum(e.length for e in entries) / 16000 / 3600)
+    if phone_weight and (gates or not any(entry.phones for entry in entries)):
+        raise typer.BadParameter("needs a model without gates, and sets with sounds: run training.asr.phones first")
     augmenter = Augmenter(noise)
 
     text = None

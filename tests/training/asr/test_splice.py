@@ -132,9 +132,9 @@ def test_training_hears_splices_of_a_packed_set_that_was_cut(tmp_path: Path) -> 
     rng = np.random.default_rng(0)
     plain, spliced = AudioStore(entries), AudioStore(entries, 1.0)
     for number, entry in enumerate(entries):
-        said, heard = plain.draw(number, rng)
+        heard, said, _ = plain.draw(number, rng)
         assert said == entry.text and np.array_equal(heard, plain[entry])
-    assert spliced.draw(0, rng)[0] == entries[0].text
-    said, heard = spliced.draw(1, rng)
+    assert spliced.draw(0, rng).text == entries[0].text
+    heard, said, _ = spliced.draw(1, rng)
     assert set(said.split()) <= set(text.split()) and len(said.split()) >= 9
     assert heard.dtype == np.float32 and len(heard) > 0

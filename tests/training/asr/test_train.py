@@ -23,8 +23,10 @@ from streaming.features import FrontEnd
 from tests import tiny
 from training.asr.data import Batch, TrainingBatches, collate, read_packed, text_batches
 from training.asr.export import CURVE, SCORES_MARK, Other, export, run_export
+from training.asr.phones import PHONES
 from training.asr.train import (
     CHUNK_LOOKAHEADS,
+    PhoneHead,
     Recipe,
     Trainer,
     _validate,
@@ -45,7 +47,8 @@ def batch(rows: int = 3) -> Batch:
         tones = [np.sin(np.arange(4800) * 0.1 * piece) * 0.2 for piece in pieces]
         audio.append(np.concatenate(tones).astype(np.float32))
         targets.append(pieces.tolist())
-    return collate(audio, targets, FrontEnd(FeatureConfig()))
+    phones = [[piece + 3 for piece in row for _ in range(3)] for row in targets]
+    return collate(audio, targets, FrontEnd(FeatureConfig()), phones)
 
 
 def trainer(recipe: Recipe = RECIPE) -> Trainer:
@@ -59,6 +62,64 @@ def test_both_losses_fall_on_what_can_be_learnt() -> None:
     assert "rnnt" in losses[5] and "flat" not in losses[5]
     assert losses[-1]["rnnt"] < 0.5 * losses[5]["rnnt"]
     assert losses[-1]["ctc"] < 0.7 * losses[0]["ctc"]
+
+
+def test_a_middle_layer_learns_the_sounds() -> None:
+    learner, data = trainer(dataclasses.replace(RECIPE, phone_weight=0.5)), batch()
+    lower = learner.net.encoder.layers[0].self_attn.linear_q.weight.clone()
+    losses = [learner.train_step(data, 1.0)["phones"] for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert not torch.equal(lower, learner.net.encoder.layers[0].self_attn.linear_q.weight)
+    assert "phones" not in trainer().train_step(data, 1.0)
+
+
+def test_the_loss_of_the_sounds_is_that_of_ctc_and_of_rows_that_have_them() -> None:
+    torch.manual_seed(0)
+    head, layer, frames = PhoneHead(8), torch.randn(3, 5, 8), torch.tensor([5, 4, 3])
+    phones, lengths = torch.randint(len(PHONES), (3, 6)), torch.tensor([6, 0, 4])
+    expected = 0.0
+    for row in (0, 2):
+        part = layer[row : row + 1, : int(frames[row])]
+        scores = head.scores(head.norm(part)).view(-1, len(PHONES) + 1).log_softmax(-1)
+        expected += float(ctc_by_hand(scores.detach(), phones[row, : int(lengths[row])].tolist()))
+    torch.testing.assert_close(head.loss(layer, frames, phones, lengths).item(), expected / 10, rtol=1e-4, atol=0)
+    assert head.loss(layer, frames, phones, torch.zeros_like(lengths)).item() == 0.0
+
+
+def ctc_by_hand(scores: torch.Tensor, phones: list[int]) -> torch.Tensor:
+    """The forward recursion of Graves et al. (2006), §4.1; the blank is the last score."""
+    path = [len(PHONES)]
+    for phone in phones:
+        path += [phone, len(PHONES)]
+    alpha = torch.full((len(path),), -torch.inf)
+    alpha[:2] = scores[0, path[:2]]
+    for now in scores[1:]:
+        before = alpha.clone()
+        for i in range(len(path)):
+            reach = [before[i]] + ([before[i - 1]] if i else [])
+            if i > 1 and path[i] not in (len(PHONES), path[i - 2]):
+                reach.append(before[i - 2])
+            alpha[i] = torch.logsumexp(torch.stack(reach), 0) + now[path[i]]
+    return -torch.logsumexp(alpha[-2:], 0)
+
+
+def test_a_misled_predictor_is_of_no_use_and_a_short_memory_changes_what_is_encoded() -> None:
+    data = batch()
+
+    def losses(**changes: float) -> dict[str, float]:
+        learner = trainer(dataclasses.replace(RECIPE, **changes))
+        learner.step = 5
+        torch.manual_seed(3)
+        return learner.train_step(data, 1.0)
+
+    plain = losses()
+    assert losses(misled_share=1.0)["ctc"] == plain["ctc"] and losses(misled_share=1.0)["rnnt"] != plain["rnnt"]
+    assert losses(short_memory_share=1.0)["ctc"] != plain["ctc"]
+    learner = trainer(dataclasses.replace(RECIPE, short_memory_share=0.5))
+    memory = learner._memory(400)
+    full = learner.net.encoder.config.left_context_frames
+    assert 120 < int((memory == full).sum()) < 280
+    assert set(memory[memory != full].tolist()) == set(range(2, 11))
 
 
 def test_the_predictor_learns_from_text_alone(tmp_path: Path) -> None:
@@ -318,6 +379,9 @@ def test_batches_are_bounded_seeded_and_weighted(tmp_path: Path) -> None:
         )
         return [item for item, _ in zip(batches, range(8), strict=False)]
 
+    index = [json.loads(line) | {"phones": "ðə"} for line in (folder / "index.jsonl").read_text().splitlines()]
+    (folder / "index.jsonl").write_text("\n".join(map(json.dumps, index)))
+    assert all([PHONES[i] for i in row] == ["ð", "ə"] for row in stream(1)[0].phones.tolist())
     first, again, other = stream(1), stream(1), stream(2)
     assert all(torch.equal(a.mel, b.mel) for a, b in zip(first, again, strict=True))
     assert any(a.mel.shape != b.mel.shape or not torch.equal(a.mel, b.mel) for a, b in zip(first, other, strict=True))
