@@ -13,7 +13,6 @@ symbol of `PHONES` a sound, whoever the speaker is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -23,7 +22,7 @@ from typing import Annotated, Final
 import typer
 
 from training.asr.kokoro import respell
-from training.asr.prepare import INDEX, read_index
+from training.asr.prepare import read_index, write_index
 from training.asr.voices import run_program
 
 __all__ = ["PHONES", "phones_of", "pronounce", "pronounce_packed"]
@@ -67,9 +66,7 @@ def pronounce_packed(packed: Path, workers: int) -> int:
         sounds = dict(zip(texts, chain.from_iterable(pool.map(pronounce, parts)), strict=True))
     for line in lines:
         line["phones"] = sounds[line["text"]]
-    partial = packed / f"{INDEX}.part"
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(packed / INDEX)
+    write_index(packed, lines)
     return sum(bool(line["phones"]) for line in lines)
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "read_audio",
     "read_index",
     "rejection",
+    "write_index",
 ]
 
 SAMPLE_RATE_HZ = 16_000
@@ -117,6 +118,13 @@ def read_audio(path: Path) -> NDArray[np.int16]:
 def read_index(packed: Path) -> list[dict[str, Any]]:
     """The lines of a packed set's index: `PackedUtterance`, and what was found out later."""
     return [json.loads(line) for line in (packed / INDEX).read_text(encoding="utf-8").splitlines()]
+
+
+def write_index(packed: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces the index of a packed set; an interrupted write leaves the old one."""
+    partial = packed / f"{INDEX}.part"
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(packed / INDEX)
 
 
 def _records(manifest: Path) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ splices the utterances that have them (``--spliced-share``).
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from models.config import FRAME_SAMPLES
 from models.recognizer import Recognizer
 from streaming.features import FrontEnd
 from streaming.text import WORD_BOUNDARY
-from training.asr.prepare import INDEX, SAMPLE_RATE_HZ, read_index
+from training.asr.prepare import SAMPLE_RATE_HZ, read_index, write_index
 
 __all__ = ["Splicer", "align", "cut_packed", "join", "word_cuts"]
 
@@ -191,9 +190,7 @@ def cut_packed(packed: Path, recognizer: Recognizer) -> int:
         samples = audio[begin : begin + line["n_samples"]].astype(np.float32) / np.float32(32768)
         cuts = align(recognizer, samples, line["text"])
         line["cuts_samples"] = cuts if cuts is not None and len(cuts) == len(line["text"].split()) + 1 else []
-    partial = packed / f"{INDEX}.part"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(packed / INDEX)
+    write_index(packed, lines)
     return sum(bool(line["cuts_samples"]) for line in lines)
 
 
